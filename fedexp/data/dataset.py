@@ -1,0 +1,319 @@
+"""Federated data sets: flat feature arrays, cut into clients by offsets."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fedexp.errors import UserError
+
+Examples = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FederatedDataset:
+    """An immutable data set partitioned by client, in CSR style.
+
+    Client `i` owns the rows `offsets[i]:offsets[i + 1]` of every feature, so a client is a slice
+    and opening a data set costs nothing per client. Features may be memory-mapped.
+
+    Attributes:
+      features: name -> array (num_examples, ...), in its storage dtype (uint8 images, int32
+        labels).
+      offsets: (num_clients + 1,) int64, ascending from 0 to num_examples.
+      client_ids: (num_clients,) str.
+
+    Raises:
+      UserError: features and offsets that disagree, duplicate client ids, or a client without
+        examples.
+    """
+
+    features: Mapping[str, np.ndarray]
+    offsets: np.ndarray
+    client_ids: np.ndarray
+
+    def __post_init__(self) -> None:
+        features = {name: _read_only(array) for name, array in self.features.items()}
+        offsets = _read_only(np.asarray(self.offsets, np.int64))
+        client_ids = _read_only(np.asarray(self.client_ids, np.str_))
+        object.__setattr__(self, "features", features)
+        object.__setattr__(self, "offsets", offsets)
+        object.__setattr__(self, "client_ids", client_ids)
+        self._validate()
+
+    def _validate(self) -> None:
+        if not self.features:
+            raise UserError("a federated data set needs at least one feature, got none")
+        if len(self.offsets) != len(self.client_ids) + 1 or len(self.client_ids) == 0:
+            raise UserError(
+                f"{len(self.client_ids)} client ids need {len(self.client_ids) + 1} offsets and at "
+                f"least one client, got {len(self.offsets)} offsets"
+            )
+        if self.offsets[0] != 0:
+            raise UserError(f"offsets must start at 0, got {self.offsets[0]}")
+        for name, array in self.features.items():
+            if array.shape[:1] != (self.offsets[-1],):
+                raise UserError(
+                    f"feature {name!r} has the shape {array.shape}, the offsets end at row "
+                    f"{self.offsets[-1]}"
+                )
+        _check_not_empty(self.client_ids, self.client_sizes)
+        if len(np.unique(self.client_ids)) != len(self.client_ids):
+            ids, counts = np.unique(self.client_ids, return_counts=True)
+            raise UserError(f"client id {str(ids[np.argmax(counts)])!r} occurs more than once")
+
+    @classmethod
+    def from_clients(
+        cls, clients: Mapping[str, Mapping[str, np.ndarray]], *, drop_empty: bool = False
+    ) -> FederatedDataset:
+        """Builds a data set from {client id: {feature: array (num_examples_i, ...)}}.
+
+        Args:
+          clients: every client has the same features, shapes (but for the first axis) and dtypes.
+          drop_empty: leave clients without examples out instead of raising.
+
+        Raises:
+          UserError: no clients, an empty client, or a client whose features do not fit the first
+            one's.
+        """
+        arrays = {
+            client_id: {name: np.asarray(array) for name, array in examples.items()}
+            for client_id, examples in clients.items()
+        }
+        for client_id, examples in arrays.items():
+            shapes = {name: array.shape for name, array in examples.items()}
+            if len({shape[:1] for shape in shapes.values()}) > 1 or () in shapes.values():
+                raise UserError(
+                    f"client {client_id!r} has features of different lengths, or of none: their "
+                    f"shapes are {shapes}"
+                )
+        sizes = {cid: len(next(iter(examples.values()), ())) for cid, examples in arrays.items()}
+        if drop_empty:
+            arrays = {cid: examples for cid, examples in arrays.items() if sizes[cid]}
+        if not arrays:
+            raise UserError("a federated data set needs at least one client, got none")
+        sizes = {client_id: sizes[client_id] for client_id in arrays}
+        _check_not_empty(list(sizes), np.array(list(sizes.values())))
+        first_id, first = next(iter(arrays.items()))
+        layout = {name: (array.shape[1:], array.dtype) for name, array in first.items()}
+        for client_id, examples in arrays.items():
+            found = {name: (array.shape[1:], array.dtype) for name, array in examples.items()}
+            if found != layout:
+                raise UserError(
+                    f"client {client_id!r} has features {found}, but client {first_id!r} has "
+                    f"{layout}"
+                )
+        return cls(
+            features={
+                name: np.concatenate([examples[name] for examples in arrays.values()])
+                for name in layout
+            },
+            offsets=_offsets(list(sizes.values())),
+            client_ids=np.array(list(arrays), np.str_),
+        )
+
+    @property
+    def num_clients(self) -> int:
+        return len(self.client_ids)
+
+    @property
+    def num_examples(self) -> int:
+        return int(self.offsets[-1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all features together."""
+        return sum(array.nbytes for array in self.features.values())
+
+    @functools.cached_property
+    def client_sizes(self) -> np.ndarray:
+        """Examples per client, (num_clients,) int64."""
+        return _read_only(np.diff(self.offsets))
+
+    @functools.cached_property
+    def client_of_example(self) -> np.ndarray:
+        """Index of the client that owns each example, (num_examples,) int32."""
+        return _read_only(np.repeat(np.arange(self.num_clients, dtype=np.int32), self.client_sizes))
+
+    def client(self, index: int) -> Examples:
+        """The examples of client `index`, as views of the features."""
+        index = range(self.num_clients)[index]
+        return self.slice(self.offsets[index], self.offsets[index + 1])
+
+    def slice(self, start: int, stop: int) -> Examples:
+        """Rows start:stop of every feature, as views."""
+        return {name: array[start:stop] for name, array in self.features.items()}
+
+    def gather(self, rows: np.ndarray) -> Examples:
+        """Copies the given rows of every feature."""
+        return {name: array[rows] for name, array in self.features.items()}
+
+    def clients(self) -> Iterator[tuple[str, Examples]]:
+        """Iterates over (client id, examples), in order."""
+        for index, client_id in enumerate(self.client_ids):
+            yield str(client_id), self.client(index)
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Batch, np.ndarray]]:
+        """Iterates over the whole set in order, in padded batches of `batch_size` rows.
+
+        Yields:
+          (batch, client): client is (batch_size,) int32, the index of each example's client.
+        """
+        if batch_size < 1:
+            raise UserError(f"the batch size must be positive, got {batch_size}")
+        for start in range(0, self.num_examples, batch_size):
+            stop = min(start + batch_size, self.num_examples)
+            padding = batch_size - (stop - start)
+            batch = Batch(
+                {name: _pad(array, padding) for name, array in self.slice(start, stop).items()},
+                np.arange(batch_size) < stop - start,
+            )
+            yield batch, _pad(self.client_of_example[start:stop], padding)
+
+    def select_clients(self, indices: Sequence[int] | np.ndarray) -> FederatedDataset:
+        """A data set of the given clients: views where they are consecutive, copies elsewhere.
+
+        Args:
+          indices: client indices, or a boolean mask of shape (num_clients,).
+        """
+        indices = np.asarray(indices)
+        if indices.dtype == bool:
+            if indices.shape != (self.num_clients,):
+                raise UserError(
+                    f"a mask of {self.num_clients} clients has the wrong shape {indices.shape}"
+                )
+            indices = np.flatnonzero(indices)
+        if not len(indices):
+            raise UserError("a federated data set needs at least one client, none was selected")
+        if indices.min() < -self.num_clients or indices.max() >= self.num_clients:
+            raise UserError(
+                f"client indices must be in [-{self.num_clients}, {self.num_clients}), got "
+                f"{indices.min()} to {indices.max()}"
+            )
+        indices = indices % self.num_clients
+        if np.array_equal(indices, np.arange(indices[0], indices[0] + len(indices))):
+            features = self.slice(self.offsets[indices[0]], self.offsets[indices[-1] + 1])
+        else:
+            features = self.gather(
+                np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in indices])
+            )
+        return FederatedDataset(
+            features, _offsets(self.client_sizes[indices]), self.client_ids[indices]
+        )
+
+    def split_clients(
+        self, fraction: float, *, seed: int = 0
+    ) -> tuple[FederatedDataset, FederatedDataset]:
+        """Splits the clients at random into (fraction, the rest), each with at least one client."""
+        _check_fraction(fraction)
+        if self.num_clients < 2:
+            raise UserError("splitting clients needs at least two of them, got one")
+        count = int(np.clip(round(fraction * self.num_clients), 1, self.num_clients - 1))
+        order = np.random.default_rng(seed).permutation(self.num_clients)
+        return (
+            self.select_clients(np.sort(order[:count])),
+            self.select_clients(np.sort(order[count:])),
+        )
+
+    def split_examples(
+        self, fraction: float, *, seed: int = 0
+    ) -> tuple[FederatedDataset, FederatedDataset]:
+        """Splits every client's examples at random into (fraction, the rest).
+
+        Clients with a single example appear in the first part only.
+        """
+        _check_fraction(fraction)
+        rng = np.random.default_rng(seed)
+        firsts, seconds = [], []
+        for start, size in zip(self.offsets[:-1], self.client_sizes, strict=True):
+            count = 1 if size == 1 else int(np.clip(round(fraction * size), 1, size - 1))
+            order = start + rng.permutation(size)
+            firsts.append(np.sort(order[:count]))
+            seconds.append(np.sort(order[count:]))
+        if not any(len(rows) for rows in seconds):
+            raise UserError("splitting examples needs a client with at least two, all have one")
+        return self._with_rows(firsts), self._with_rows(seconds)
+
+    def _with_rows(self, rows_per_client: list[np.ndarray]) -> FederatedDataset:
+        sizes = np.array([len(rows) for rows in rows_per_client])
+        features = self.gather(np.concatenate(rows_per_client))
+        return FederatedDataset(features, _offsets(sizes[sizes > 0]), self.client_ids[sizes > 0])
+
+    def label_histogram(self, num_classes: int, *, label: str = "y") -> np.ndarray:
+        """Examples per client and class, (num_clients, num_classes) int64.
+
+        Raises:
+          UserError: a label outside [0, num_classes), labels that are not one integer an example,
+            or no such feature.
+        """
+        if label not in self.features:
+            raise UserError(f"no feature {label!r}; there are {sorted(self.features)}")
+        labels = self.features[label]
+        if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+            raise UserError(
+                f"labels must be one integer an example, feature {label!r} has the shape "
+                f"{labels.shape} and the dtype {labels.dtype}"
+            )
+        if labels.min() < 0 or labels.max() >= num_classes:
+            raise UserError(
+                f"labels must be in [0, {num_classes}), got {labels.min()} to {labels.max()}"
+            )
+        cells = self.client_of_example.astype(np.int64) * num_classes + labels.astype(np.int64)
+        counts = np.bincount(cells, minlength=self.num_clients * num_classes)
+        return counts.reshape(self.num_clients, num_classes)
+
+
+class Batch(NamedTuple):
+    """A batch of fixed size.
+
+    Attributes:
+      examples: name -> (batch_size, ...); the content of padded rows is arbitrary.
+      mask: (batch_size,) bool, False on padded rows.
+    """
+
+    examples: Examples
+    mask: np.ndarray
+
+
+class FederatedSplits(NamedTuple):
+    """What a data set function returns: the training and the test partition.
+
+    The partitions may have different clients.
+    """
+
+    train: FederatedDataset
+    test: FederatedDataset
+
+
+def _offsets(sizes: Sequence[int] | np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    view = np.asanyarray(array).view()
+    view.flags.writeable = False
+    return view
+
+
+def _pad(array: np.ndarray, rows: int) -> np.ndarray:
+    if not rows:
+        return array
+    return np.concatenate([array, np.zeros((rows, *array.shape[1:]), array.dtype)])
+
+
+def _check_not_empty(client_ids: Sequence[str] | np.ndarray, sizes: np.ndarray) -> None:
+    if sizes.min() <= 0:
+        culprit = str(client_ids[int(np.argmin(sizes))])
+        raise UserError(
+            f"client {culprit!r} has no examples ({int((sizes <= 0).sum())} of {len(sizes)} "
+            "clients are empty); remove the empty clients, or build with drop_empty=True"
+        )
+
+
+def _check_fraction(fraction: float) -> None:
+    if not 0 < fraction < 1:
+        raise UserError(f"a split's fraction must be between 0 and 1, got {fraction}")

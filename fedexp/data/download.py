@@ -1,0 +1,199 @@
+"""The cache folder, and downloads into it that can be interrupted, resumed and trusted."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import http.client
+import os
+import re
+import tarfile
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import filelock
+from absl import logging
+
+from fedexp.errors import UserError
+
+Report = Callable[[int, int | None], None]
+
+_RETRY_DELAYS_S = (0.5, 1.0, 2.0, 4.0)
+_TIMEOUT_S = 30.0
+_CHUNK_BYTES = 1 << 18
+_RETRIABLE_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+
+def cache_dir() -> Path:
+    """The folder that holds downloads and packed data sets, created if need be.
+
+    It is the environment variable FEDEXP_CACHE, or else ~/.cache/fedexp.
+
+    Raises:
+      UserError: the folder cannot be created or written to.
+    """
+    name = os.environ.get("FEDEXP_CACHE") or "~/.cache/fedexp"
+    way_out = "set the environment variable FEDEXP_CACHE to a folder that can be written"
+    try:
+        path = Path(name).expanduser().absolute()
+        path.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot create the cache folder {name}: {error}; {way_out}") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"the cache folder {path} is read-only; {way_out}")
+    return path
+
+
+@contextlib.contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Holds `path` against other processes that lock it too, waiting for them if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file_lock = filelock.FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        file_lock.acquire(timeout=0)
+    except filelock.Timeout:
+        logging.info("waiting for another process that is preparing %s", path)
+        file_lock.acquire()
+    try:
+        yield
+    finally:
+        file_lock.release()
+
+
+def download(url: str, name: str, *, sha256: str) -> Path:
+    """Downloads `url` into the cache, unless it is there already.
+
+    An interrupted download is resumed, also by a later run. Of several processes that ask for the
+    same file one downloads it and the others wait. The file appears under its name only when
+    complete and correct; its checksum is verified on every call.
+
+    Args:
+      url: where the file is published.
+      name: path of the file relative to `cache_dir()`.
+      sha256: the file's SHA-256 checksum, 64 hexadecimal digits.
+
+    Returns:
+      The path of the file.
+
+    Raises:
+      UserError: the file cannot be fetched (offline, HTTP error, disk full) or is not the expected
+        one. The message says which file to fetch by hand, and where to put it.
+    """
+    target = cache_dir() / name
+    with lock(target):
+        if target.exists():
+            if (found := _sha256(target)) != sha256:
+                raise UserError(
+                    f"{target} is not the published file: its SHA-256 is {found}, expected "
+                    f"{sha256}; delete it to download {url} again"
+                )
+            return target
+        part = target.with_name(f"{target.name}.part")
+        by_hand = f"try again, or fetch {url} by hand and put it at {target}"
+        _fetch(url, part, by_hand)
+        if (found := _sha256(part)) != sha256:
+            part.unlink()
+            raise UserError(
+                f"what {url} sent is not the published file: its SHA-256 is {found}, expected "
+                f"{sha256}; {by_hand}"
+            )
+        os.replace(part, target)
+    return target
+
+
+@contextlib.contextmanager
+def extracted(archive: Path) -> Iterator[Path]:
+    """A temporary folder in the cache with the contents of a tar archive, gone on exit.
+
+    Raises:
+      UserError: a damaged archive, one that reaches outside its folder, or a full disk.
+    """
+    with tempfile.TemporaryDirectory(prefix="extract-", dir=cache_dir()) as folder:
+        try:
+            with tarfile.open(archive) as tar:
+                tar.extractall(folder, filter="data")
+        except (OSError, EOFError, tarfile.TarError) as error:
+            raise UserError(
+                f"cannot extract {archive}: {error}; free disk space, or delete it to download it "
+                "again"
+            ) from error
+        yield Path(folder)
+
+
+def _fetch(url: str, part: Path, by_hand: str) -> None:
+    """Completes `part` from `url`, resuming after every interruption up to a limit."""
+    with _progress_bar(part.stem) as report:
+        for delay in (*_RETRY_DELAYS_S, None):
+            try:
+                return _fetch_rest(url, part, report)
+            except urllib.error.HTTPError as error:
+                error.close()
+                reason = f"HTTP error {error.code} ({error.reason})"
+                retriable = error.code in _RETRIABLE_STATUS
+            except (OSError, http.client.HTTPException) as error:
+                reason = str(getattr(error, "reason", error)) or type(error).__name__
+                retriable = getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT)
+            if delay is None or not retriable:
+                raise UserError(f"cannot download {url}: {reason}; {by_hand}")
+            logging.info("download of %s interrupted: %s; retrying in %s s", url, reason, delay)
+            time.sleep(delay)
+
+
+def _fetch_rest(url: str, part: Path, report: Report) -> None:
+    """Appends what is missing to `part`; raises ConnectionError if the server stops early."""
+    start = part.stat().st_size if part.exists() else 0
+    headers = {"User-Agent": "fedexp", "Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    request = urllib.request.Request(url, headers=headers)
+    try:
+        response = urllib.request.urlopen(request, timeout=_TIMEOUT_S)
+    except urllib.error.HTTPError as error:
+        # Nothing is left to send: a run was killed between its last byte and the rename.
+        if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and start:
+            error.close()
+            return
+        raise
+    with response:
+        content_range = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+        resumed = response.status == http.HTTPStatus.PARTIAL_CONTENT and content_range is not None
+        if resumed and int(content_range[1]) != start:
+            raise ConnectionError(f"asked for bytes from {start}, got {content_range[0]}")
+        done = start if resumed else 0
+        length = response.headers.get("Content-Length")
+        total = None if length is None else done + int(length)
+        with part.open("ab" if resumed else "wb") as file:
+            while chunk := response.read(_CHUNK_BYTES):
+                file.write(chunk)
+                done += len(chunk)
+                report(done, total)
+    if total is not None and done < total:
+        raise ConnectionError(f"the connection closed after {done} of {total} bytes")
+
+
+@contextlib.contextmanager
+def _progress_bar(name: str) -> Iterator[Report]:
+    """Yields report(bytes done, bytes in total), which draws a bar in a terminal only."""
+    from rich import console, progress
+
+    terminal = console.Console(stderr=True)
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=terminal, disable=not terminal.is_terminal) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,65 @@
+"""ClientBatching against the definition of an epoch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedexp.data.batching import ClientBatching
+from fedexp.errors import UserError
+
+sizes = st.integers(1, 60)
+batch_sizes = st.integers(1, 25)
+
+
+def draw(batching: ClientBatching, size: int) -> np.ndarray:
+    return batching.order(size, np.random.default_rng(0))
+
+
+@given(sizes, batch_sizes, st.integers(1, 3), st.booleans())
+def test_every_epoch_visits_every_example_once(size, batch_size, epochs, shuffle):
+    batching = ClientBatching(batch_size, local_epochs=epochs, shuffle=shuffle)
+    batches = draw(batching, size)
+    per_epoch = -(-size // batch_size)
+    assert batches.shape == (epochs * per_epoch, batch_size)
+    assert batching.num_steps(np.array([size])) == [len(batches)]
+    for epoch in np.split(batches, epochs):
+        real = epoch[epoch >= 0]
+        assert sorted(real) == list(range(size))
+        assert (epoch[:-1] >= 0).all(), "only an epoch's last batch is padded"
+
+
+@given(sizes, batch_sizes, st.integers(1, 3))
+def test_dropping_the_remainder_leaves_full_batches(size, batch_size, epochs):
+    batching = ClientBatching(batch_size, local_epochs=epochs, drop_remainder=True)
+    batches = draw(batching, size)
+    assert batching.num_steps(np.array([size])) == [len(batches)]
+    if size >= batch_size:
+        assert (batches >= 0).all()
+        assert len(batches) == epochs * (size // batch_size)
+    else:
+        assert len(batches) == epochs
+        assert ((batches >= 0).sum(axis=1) == size).all()
+
+
+@given(sizes, batch_sizes, st.integers(1, 7))
+def test_local_steps_are_full_batches_of_whole_passes(size, batch_size, steps):
+    batching = ClientBatching(batch_size, local_steps=steps)
+    batches = draw(batching, size)
+    assert batches.shape == (steps, batch_size)
+    assert batching.num_steps(np.array([size])) == [steps]
+    visits = np.bincount(batches.ravel(), minlength=size)
+    assert visits.max() - visits.min() <= 1
+
+
+def test_shuffling_differs_between_epochs():
+    first, second = np.split(draw(ClientBatching(10, local_epochs=2), 50), 2)
+    assert (first != second).any()
+
+
+@pytest.mark.parametrize("field", ["batch_size", "local_epochs", "local_steps"])
+def test_zero_is_refused_by_name(field):
+    with pytest.raises(UserError, match=f"{field} must be at least 1, got 0"):
+        ClientBatching(**{field: 0})

@@ -1,0 +1,272 @@
+"""FederatedDataset, against plain Python: {client id: {feature: array}} and lists of rows."""
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+
+from fedexp.data.dataset import FederatedDataset
+from fedexp.errors import UserError
+
+Clients = dict[str, dict[str, np.ndarray]]
+SEEDS = st.integers(0, 2**32)
+
+hypothesis.settings.register_profile("fedexp", deadline=None)
+hypothesis.settings.load_profile("fedexp")
+
+
+@st.composite
+def clients_strategy(draw, min_clients: int = 1, min_size: int = 1) -> Clients:
+    """Clients whose rows are all different, so that a misplaced one shows."""
+    sizes = draw(st.lists(st.integers(min_size, 6), min_size=min_clients, max_size=6))
+    ids = draw(
+        st.lists(
+            st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=5),
+            min_size=len(sizes),
+            max_size=len(sizes),
+            unique=True,
+        )
+    )
+    rows = iter(np.arange(2 * sum(sizes), dtype=np.float32).reshape(-1, 2))
+    return {
+        client_id: {
+            "x": np.array([next(rows) for _ in range(size)], np.float32).reshape(size, 2),
+            "y": np.array([draw(st.integers(0, 4)) for _ in range(size)], np.int32),
+        }
+        for client_id, size in zip(ids, sizes, strict=True)
+    }
+
+
+def _assert_holds(dataset: FederatedDataset, clients: Clients) -> None:
+    found = list(dataset.clients())
+    assert [client_id for client_id, _ in found] == list(clients)
+    for (_, examples), expected in zip(found, clients.values(), strict=True):
+        assert set(examples) == set(expected)
+        for name in expected:
+            np.testing.assert_array_equal(examples[name], expected[name])
+            assert examples[name].dtype == expected[name].dtype
+
+
+def _rows(dataset: FederatedDataset) -> list[tuple]:
+    return [(client_id, tuple(x)) for client_id, e in dataset.clients() for x in e["x"]]
+
+
+@hypothesis.given(clients_strategy())
+def test_holds_its_clients(clients):
+    dataset = FederatedDataset.from_clients(clients)
+    _assert_holds(dataset, clients)
+    sizes = [len(examples["y"]) for examples in clients.values()]
+    assert dataset.num_clients == len(clients)
+    assert dataset.num_examples == sum(sizes)
+    assert dataset.nbytes == sum(sizes) * (2 * 4 + 4)
+    assert dataset.client_sizes.tolist() == sizes
+    assert dataset.client_of_example.tolist() == [i for i, n in enumerate(sizes) for _ in range(n)]
+
+
+@hypothesis.given(clients_strategy(min_size=0))
+def test_empty_clients_are_refused_or_dropped(clients):
+    full = {client_id: e for client_id, e in clients.items() if len(e["y"])}
+    if full != clients:
+        first = next(client_id for client_id in clients if client_id not in full)
+        with pytest.raises(UserError) as error:
+            FederatedDataset.from_clients(clients)
+        assert f"client {first!r} has no examples" in str(error.value)
+        assert f"({len(clients) - len(full)} of {len(clients)} clients are empty)" in str(
+            error.value
+        )
+    if full:
+        _assert_holds(FederatedDataset.from_clients(clients, drop_empty=True), full)
+    else:
+        with pytest.raises(UserError, match="at least one client"):
+            FederatedDataset.from_clients(clients, drop_empty=True)
+
+
+@hypothesis.given(clients_strategy(), st.integers(1, 12))
+def test_batches_are_the_set_in_order_and_padded(clients, batch_size):
+    dataset = FederatedDataset.from_clients(clients)
+    rows = [
+        (index, *x, y)
+        for index, e in enumerate(clients.values())
+        for x, y in zip(e["x"], e["y"], strict=True)
+    ]
+    expected = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    batches = list(dataset.batches(batch_size))
+    assert len(batches) == len(expected)
+    for (batch, client), want in zip(batches, expected, strict=True):
+        padding = batch_size - len(want)
+        assert batch.mask.tolist() == [True] * len(want) + [False] * padding
+        assert batch.examples["x"].shape == (batch_size, 2)
+        assert client.shape == (batch_size,)
+        assert (client.dtype, batch.examples["y"].dtype) == (np.int32, np.int32)
+        found = zip(client, *batch.examples["x"].T, batch.examples["y"], strict=True)
+        assert list(found) == want + [(0, 0, 0, 0)] * padding
+
+
+@hypothesis.given(clients_strategy(), st.data())
+def test_select_clients(clients, data):
+    dataset, ids = FederatedDataset.from_clients(clients), list(clients)
+    index = st.integers(0, len(ids) - 1)
+    chosen = data.draw(st.lists(index, min_size=1, unique=True))
+    expected = {ids[i]: clients[ids[i]] for i in chosen}
+    _assert_holds(dataset.select_clients(chosen), expected)
+    _assert_holds(dataset.select_clients([i - len(ids) for i in chosen]), expected)
+    mask = np.isin(np.arange(len(ids)), chosen)
+    _assert_holds(dataset.select_clients(mask), {ids[i]: clients[ids[i]] for i in sorted(chosen)})
+
+
+@hypothesis.given(clients_strategy(), st.data())
+def test_gather_and_slice(clients, data):
+    dataset = FederatedDataset.from_clients(clients)
+    x = [row.tolist() for e in clients.values() for row in e["x"]]
+    rows = data.draw(st.lists(st.integers(0, len(x) - 1)))
+    assert dataset.gather(np.array(rows, int))["x"].tolist() == [x[i] for i in rows]
+    start, stop = data.draw(st.integers(0, len(x))), data.draw(st.integers(0, len(x)))
+    assert dataset.slice(start, stop)["x"].tolist() == x[start:stop]
+
+
+@hypothesis.given(clients_strategy(min_clients=2), st.floats(0.01, 0.99), SEEDS)
+def test_split_clients(clients, fraction, seed):
+    dataset = FederatedDataset.from_clients(clients)
+    first, second = dataset.split_clients(fraction, seed=seed)
+    chosen = set(first.client_ids.tolist())
+    assert len(chosen) == min(max(round(fraction * len(clients)), 1), len(clients) - 1)
+    _assert_holds(first, {cid: e for cid, e in clients.items() if cid in chosen})
+    _assert_holds(second, {cid: e for cid, e in clients.items() if cid not in chosen})
+    again, _ = dataset.split_clients(fraction, seed=seed)
+    assert again.client_ids.tolist() == first.client_ids.tolist()
+
+
+@hypothesis.given(clients_strategy(), st.floats(0.01, 0.99), SEEDS)
+def test_split_examples(clients, fraction, seed):
+    dataset = FederatedDataset.from_clients(clients)
+    if max(dataset.client_sizes) == 1:
+        with pytest.raises(UserError, match="at least two"):
+            dataset.split_examples(fraction, seed=seed)
+        return
+    first, second = dataset.split_examples(fraction, seed=seed)
+    assert sorted(_rows(first) + _rows(second)) == sorted(_rows(dataset))
+    assert first.client_ids.tolist() == list(clients)
+    assert second.client_ids.tolist() == [cid for cid, e in clients.items() if len(e["y"]) > 1]
+    for (_, examples), e in zip(first.clients(), clients.values(), strict=True):
+        size = len(e["y"])
+        wanted = 1 if size == 1 else min(max(round(fraction * size), 1), size - 1)
+        assert len(examples["y"]) == wanted
+        assert (np.diff(examples["x"][:, 0]) > 0).all()  # The order is kept.
+    again, _ = dataset.split_examples(fraction, seed=seed)
+    assert _rows(again) == _rows(first)
+
+
+def test_splits_depend_on_the_seed():
+    clients = {f"c{i}": {"x": np.arange(200.0).reshape(100, 2)} for i in range(50)}
+    dataset = FederatedDataset.from_clients(clients)
+    for split in (dataset.split_clients, dataset.split_examples):
+        assert _rows(split(0.5, seed=0)[0]) != _rows(split(0.5, seed=1)[0])
+
+
+@hypothesis.given(clients_strategy(), st.sampled_from([np.int32, np.uint8, np.uint64]))
+def test_label_histogram(clients, dtype):
+    clients = {cid: {"y": e["y"].astype(dtype)} for cid, e in clients.items()}
+    histogram = FederatedDataset.from_clients(clients).label_histogram(6)
+    assert histogram.dtype == np.int64
+    assert histogram.tolist() == [
+        [list(e["y"]).count(c) for c in range(6)] for e in clients.values()
+    ]
+
+
+@hypothesis.given(clients_strategy())
+def test_client_index_is_a_sequence_index(clients):
+    dataset, examples = FederatedDataset.from_clients(clients), list(clients.values())
+    for index in range(-len(clients), len(clients)):
+        assert dataset.client(index)["x"].tolist() == examples[index]["x"].tolist()
+    for index in (len(clients), -len(clients) - 1):
+        with pytest.raises(IndexError):
+            dataset.client(index)
+
+
+def _dataset(**changes) -> FederatedDataset:
+    fields = {
+        "features": {"x": np.arange(6), "y": np.arange(6)},
+        "offsets": np.array([0, 2, 3, 6]),
+        "client_ids": np.array(["a", "b", "c"]),
+    }
+    return FederatedDataset(**fields | changes)
+
+
+def test_is_immutable_and_copies_nothing():
+    x = np.arange(6)
+    dataset = _dataset(features={"x": x})
+    for array in (dataset.features["x"], dataset.offsets, dataset.client_ids, dataset.client_sizes):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = array[1]
+    with pytest.raises(ValueError, match="read-only"):
+        dataset.client(0)["x"][0] = 1
+    assert x.flags.writeable
+    assert np.shares_memory(dataset.features["x"], x)
+    assert np.shares_memory(dataset.client(1)["x"], x)
+    assert np.shares_memory(dataset.select_clients([1, 2]).features["x"], x)
+    assert not np.shares_memory(dataset.select_clients([2, 1]).features["x"], x)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"features": {}}, "at least one feature"),
+        ({"offsets": [0, 6]}, "3 client ids need 4 offsets .* got 2 offsets"),
+        ({"offsets": [0], "client_ids": []}, "at least one client"),
+        ({"offsets": [1, 2, 3, 6]}, "start at 0, got 1"),
+        ({"offsets": [0, 2, 3, 7]}, r"feature 'x' has the shape \(6,\), .* 7"),
+        ({"features": {"x": np.arange(6), "y": np.array(6)}}, r"feature 'y' has the shape \(\)"),
+        ({"offsets": [0, 2, 2, 6]}, r"client 'b' has no examples \(1 of 3 .*drop_empty=True"),
+        ({"offsets": [0, 4, 3, 6]}, "client 'b' has no examples"),
+        ({"client_ids": ["a", "b", "a"]}, "client id 'a' occurs more than once"),
+    ],
+)
+def test_refuses_what_is_no_partition(changes, message):
+    with pytest.raises(UserError, match=message):
+        _dataset(**changes)
+
+
+@pytest.mark.parametrize(
+    ("clients", "message"),
+    [
+        ({}, "at least one client"),
+        ({"a": {}}, "client 'a' has no examples"),
+        ({"a": {"x": []}, "b": {"x": [1]}}, "client 'a' has no examples"),
+        ({"a": {"x": 1}}, "'a' has features of different lengths, or of none"),
+        ({"a": {"x": [1], "y": [1, 2]}}, "'a' has features of different lengths"),
+        ({"a": {"x": [1]}, "b": {"y": [1]}}, "'b' has features .* but client 'a' has"),
+        ({"a": {"x": [1]}, "b": {"x": [1.0]}}, "'b' has features .* but client 'a' has"),
+        ({"a": {"x": [1]}, "b": {"x": [[1]]}}, "'b' has features .* but client 'a' has"),
+    ],
+)
+def test_from_clients_refuses_what_does_not_fit(clients, message):
+    with pytest.raises(UserError, match=message):
+        FederatedDataset.from_clients(clients)
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda d: d.select_clients([]), "none was selected"),
+        (lambda d: d.select_clients([3]), r"in \[-3, 3\), got 3 to 3"),
+        (lambda d: d.select_clients([0, -4]), "got -4 to 0"),
+        (lambda d: d.select_clients([True, False]), r"mask of 3 clients .* \(2,\)"),
+        (lambda d: d.select_clients([0, -3]), "'a' occurs more than once"),
+        (lambda d: d.split_clients(0.0), "between 0 and 1, got 0.0"),
+        (lambda d: d.split_examples(1.0), "between 0 and 1, got 1.0"),
+        (lambda d: d.select_clients([1]).split_clients(0.5), "at least two"),
+        (lambda d: next(d.batches(0)), "positive, got 0"),
+        (lambda d: next(d.batches(-1)), "positive, got -1"),
+        (lambda d: d.label_histogram(6, label="z"), r"no feature 'z'; there are \['x', 'y'\]"),
+        (lambda d: d.label_histogram(5), r"in \[0, 5\), got 0 to 5"),
+        (lambda d: _dataset(features={"y": -np.arange(6)}).label_histogram(5), "got -5 to 0"),
+        (lambda d: _dataset(features={"y": np.ones(6)}).label_histogram(5), "dtype float64"),
+        (
+            lambda d: _dataset(features={"y": np.ones((6, 1), int)}).label_histogram(5),
+            r"shape \(6, 1\)",
+        ),
+    ],
+)
+def test_refuses_bad_arguments(use, message):
+    with pytest.raises(UserError, match=message):
+        use(_dataset())

@@ -1,0 +1,196 @@
+"""TensorFlow Federated's HDF5 layout: `examples/<client id>/<feature>`, examples along axis 0."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedexp.data import download, packed
+from fedexp.data.dataset import FederatedDataset, FederatedSplits
+from fedexp.errors import UserError
+
+if TYPE_CHECKING:
+    import h5py
+
+_ROOT = "examples"
+_LAYOUT = f"TFF's layout is {_ROOT}/<client id>/<feature>"
+_URL = "https://storage.googleapis.com/tff-datasets-public/"
+
+
+@dataclasses.dataclass(frozen=True)
+class Feature:
+    """One feature to read.
+
+    Attributes:
+      source: its name in the file.
+      shape: shape of one example in the file.
+      dtype: dtype in the file, or a family as np.integer; object for strings of variable length.
+      convert: maps a client's rows (n, *shape) to n rows of the data set, with a dtype and a shape
+        that are the same for every client. It raises UserError for values that cannot be, and
+        `read` adds whose they are.
+    """
+
+    source: str
+    shape: tuple[int, ...]
+    dtype: type
+    convert: Callable[[np.ndarray], np.ndarray] = np.asarray
+
+
+def read(
+    path: Path, features: Mapping[str, Feature], *, drop_empty: bool = False
+) -> FederatedDataset:
+    """Reads one HDF5 file into memory, at most one client above the size of the result.
+
+    Args:
+      path: the file.
+      features: name in the data set -> what to read; other features in the file are ignored.
+      drop_empty: leave clients without examples out instead of raising.
+
+    Returns:
+      The data set, its clients in ascending order of their ids.
+
+    Raises:
+      UserError: no such file, not HDF5 or damaged, another layout, or values that `convert`
+        refuses. The message names file, client and feature.
+    """
+    import h5py
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no file {path}; correct the path, or download it")
+    try:
+        with h5py.File(path, "r") as file:
+            return _read_clients(path, _root(path, file), features, drop_empty)
+    except (OSError, RuntimeError, KeyError) as error:
+        raise UserError(
+            f"{path} is damaged or not an HDF5 file ({error}); download it again"
+        ) from error
+
+
+def load_splits(
+    name: str,
+    features: Mapping[str, Feature],
+    *,
+    version: int,
+    sha256: str,
+    data_dir: str | None = None,
+    drop_empty: bool = False,
+) -> FederatedSplits:
+    """Loads a data set that TFF publishes, packing it into the cache on the first call.
+
+    Args:
+      name: TFF's name, as "fed_emnist": the files are {name}_train.h5 and {name}_test.h5, published
+        together as {name}.tar.bz2.
+      features: see `read`.
+      version: raised whenever `features` changes what is read.
+      sha256: SHA-256 checksum of the published archive, from TFF's source.
+      data_dir: folder with the two files; None downloads them.
+      drop_empty: see `read`.
+
+    Raises:
+      UserError: the files are not in `data_dir`, cannot be downloaded, or cannot be read.
+    """
+
+    def read_folder(folder: Path) -> FederatedSplits:
+        train, test = _find(folder, name)
+        return FederatedSplits(
+            read(train, features, drop_empty=drop_empty),
+            read(test, features, drop_empty=drop_empty),
+        )
+
+    def read_published() -> FederatedSplits:
+        archive = f"{name}.tar.bz2"
+        with download.extracted(
+            download.download(_URL + archive, archive, sha256=sha256)
+        ) as folder:
+            return read_folder(folder)
+
+    key = {"version": version, "drop_empty": drop_empty}
+    if data_dir is None:
+        return packed.load_or_build(name, key | {"sha256": sha256}, read_published)
+    folder = Path(data_dir).expanduser()
+    sources = [packed.fingerprint(path) for path in _find(folder, name)]
+    return packed.load_or_build(name, key | {"sources": sources}, lambda: read_folder(folder))
+
+
+def _find(folder: Path, name: str) -> tuple[Path, Path]:
+    """The training and the test file in `folder`."""
+    paths = (folder / f"{name}_train.h5", folder / f"{name}_test.h5")
+    if missing := [path.name for path in paths if not path.is_file()]:
+        found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        listing = ", ".join(found[:10]) + (", ..." if len(found) > 10 else "")
+        raise UserError(
+            f"expected {' and '.join(missing)} in {folder}, "
+            + (f"found {listing or 'nothing'}" if folder.is_dir() else "which is not a folder")
+            + f"; correct data_dir, or leave it out to download {_URL}{name}.tar.bz2"
+        )
+    return paths
+
+
+def _root(path: Path, file: h5py.File) -> h5py.Group:
+    root = file.get(_ROOT)
+    if root is None or not hasattr(root, "keys"):
+        raise UserError(
+            f"{path} has no group {_ROOT!r} at its root but {sorted(file) or 'nothing'}; {_LAYOUT}"
+        )
+    return root
+
+
+def _size(where: str, group: h5py.Group, features: Mapping[str, Feature]) -> int:
+    """How many examples the client has, its features checked."""
+    if not hasattr(group, "keys"):
+        raise UserError(f"{where} is an array, not a group of features; {_LAYOUT}")
+    lengths = {}
+    for feature in features.values():
+        array = group.get(feature.source)
+        if array is None or not hasattr(array, "dtype"):
+            raise UserError(
+                f"{where} has no feature {feature.source!r}, only {sorted(group)}; read another "
+                "feature, or mend the file"
+            )
+        if array.shape[1:] != feature.shape or array.ndim == 0:
+            raise UserError(
+                f"{where}, feature {feature.source!r}: the shape is {array.shape}, expected "
+                f"(examples, {', '.join(map(str, feature.shape))}); is it the right file?"
+            )
+        if not np.issubdtype(array.dtype, feature.dtype):
+            raise UserError(
+                f"{where}, feature {feature.source!r}: the dtype is {array.dtype}, expected "
+                f"{feature.dtype.__name__}; is it the right file?"
+            )
+        lengths[feature.source] = len(array)
+    if len(set(lengths.values())) > 1:
+        raise UserError(f"{where} has features of different lengths: {lengths}; mend the file")
+    return next(iter(lengths.values()))
+
+
+def _read_clients(
+    path: Path, root: h5py.Group, features: Mapping[str, Feature], drop_empty: bool
+) -> FederatedDataset:
+    """Two passes, so that the only large arrays are those of the result: sizes, then rows."""
+    where = {cid: f"{path}: client {cid!r}" for cid in sorted(root)}
+    sizes = {cid: _size(where[cid], root[cid], features) for cid in where}
+    if (empty := [cid for cid, size in sizes.items() if not size]) and not drop_empty:
+        raise UserError(
+            f"{where[empty[0]]} has no examples ({len(empty)} of {len(sizes)} clients are empty); "
+            "pass drop_empty=True to leave them out"
+        )
+    sizes = {cid: size for cid, size in sizes.items() if size}
+    if not sizes:
+        raise UserError(f"{path} has no client with examples; is it the right file?")
+    offsets = np.concatenate([[0], np.cumsum(list(sizes.values()))])
+    flat: dict[str, np.ndarray] = {}
+    for index, cid in enumerate(sizes):
+        for name, feature in features.items():
+            try:
+                rows = feature.convert(root[cid][feature.source][:])
+            except UserError as error:
+                raise UserError(f"{where[cid]}, feature {feature.source!r}: {error}") from error
+            if name not in flat:
+                flat[name] = np.empty((offsets[-1], *rows.shape[1:]), rows.dtype)
+            flat[name][offsets[index] : offsets[index + 1]] = rows
+    return FederatedDataset(flat, offsets, np.array(list(sizes)))

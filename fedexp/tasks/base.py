@@ -1,0 +1,157 @@
+"""What a task is, and the masked reductions that training and evaluation share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedexp.data.dataset import FederatedDataset
+from fedexp.errors import UserError
+
+PyTree = Any
+Features = Mapping[str, jax.Array]
+
+
+class Measure(NamedTuple):
+    """A weighted quantity per example, or sums of it; its mean is values.sum() / weights.sum().
+
+    Sums add up over batches, clients and devices; means do not.
+
+    Attributes:
+      values: (B,) float32, already multiplied by the weights; a scalar or (segments,) once summed.
+      weights: as values; for instance 1 for an example, or its number of tokens.
+    """
+
+    values: jax.Array
+    weights: jax.Array
+
+
+Metric = Callable[[Any, Features], Measure]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A model, a loss and metrics, as pure functions of a batch of features as they are stored.
+
+    A batch maps feature names to arrays (B, ...), for instance x (B, 28, 28) uint8 and y (B,) int32.
+
+    Attributes:
+      init: (key, batch) -> params. Only the shapes and dtypes of the batch matter.
+      apply: (params, batch, key) -> outputs, for instance logits (B, K). A key means training, and
+        seeds dropout; None means evaluation.
+      loss: (outputs, batch) -> Measure, what training minimises.
+      metrics: name -> (outputs, batch) -> Measure. The loss is reported as 'loss' without being here.
+      num_classes: K, or None where the outputs are no classes.
+      class_names: the K names, or None.
+      predict: (outputs, batch) -> (labels (B,) int, predictions (B,) int), or None where there is no
+        confusion matrix to draw.
+      images: batch -> uint8 (B, H, W) or (B, H, W, C) to look at, or None if it has no pictures.
+      check: raises UserError for a data set that does not fit, in milliseconds and on the host.
+
+    Raises:
+      UserError: a metric called 'loss'.
+    """
+
+    init: Callable[[jax.Array, Features], PyTree]
+    apply: Callable[[PyTree, Features, jax.Array | None], Any]
+    loss: Metric
+    metrics: Mapping[str, Metric] = dataclasses.field(default_factory=dict)
+    num_classes: int | None = None
+    class_names: tuple[str, ...] | None = None
+    predict: Callable[[Any, Features], tuple[jax.Array, jax.Array]] | None = None
+    images: Callable[[Features], np.ndarray | None] | None = None
+    check: Callable[[FederatedDataset], None] = lambda dataset: None
+
+    def __post_init__(self) -> None:
+        if "loss" in self.metrics:
+            raise UserError("a metric called 'loss' would hide the task's loss; rename it")
+
+
+def measures(task: Task, outputs: Any, batch: Features) -> dict[str, Measure]:
+    """The loss, as 'loss', and all metrics of a batch, per example."""
+    return {
+        "loss": task.loss(outputs, batch),
+        **{name: metric(outputs, batch) for name, metric in task.metrics.items()},
+    }
+
+
+def mean_loss(
+    task: Task, params: PyTree, batch: Features, mask: jax.Array, key: jax.Array | None
+) -> tuple[jax.Array, dict[str, Measure]]:
+    """The weighted mean loss of a batch's real examples; for value_and_grad(..., has_aux=True).
+
+    Padded examples never count, whatever they hold, NaN included. A batch of padding alone has loss
+    0 and gradient 0.
+
+    Args:
+      task: the task.
+      params: the model's parameters.
+      batch: name -> (B, ...).
+      mask: (B,) bool, False on padding.
+      key: a PRNG key for training, None for evaluation.
+
+    Returns:
+      The scalar loss, and the batch's sums of the loss and all metrics.
+    """
+    batch = _fill_padding(batch, mask)
+    outputs = task.apply(params, batch, key)
+    sums = {
+        name: masked_sums(measure, mask) for name, measure in measures(task, outputs, batch).items()
+    }
+    values, weights = sums["loss"]
+    return values / jnp.where(weights > 0, weights, 1), sums
+
+
+def _fill_padding(batch: Features, mask: jax.Array) -> dict[str, jax.Array]:
+    """Padding becomes copies of a real example: a masked NaN still makes the gradient 0 * NaN."""
+
+    def fill(feature: jax.Array) -> jax.Array:
+        real = jnp.where(mask.any(), feature[jnp.argmax(mask)], jnp.zeros_like(feature[0]))
+        return jnp.where(jnp.expand_dims(mask, range(1, feature.ndim)), feature, real)
+
+    return {name: fill(jnp.asarray(feature)) for name, feature in batch.items()}
+
+
+def masked_sums(measure: Measure, mask: jax.Array) -> Measure:
+    """Sums a measure over the examples with mask (B,) True; scalars."""
+    return Measure(*(jnp.where(mask, part, 0).sum() for part in measure))
+
+
+def segment_sums(
+    measure: Measure, mask: jax.Array, segments: jax.Array, num_segments: int
+) -> Measure:
+    """Sums a measure over the masked examples of each segment, for instance each client.
+
+    Args:
+      measure: (B,) values and weights.
+      mask: (B,) bool.
+      segments: (B,) int, the segment of each example; those outside [0, num_segments) are left out.
+      num_segments: number of segments.
+
+    Returns:
+      (num_segments,) values and weights.
+    """
+    return Measure(
+        *(jax.ops.segment_sum(jnp.where(mask, part, 0), segments, num_segments) for part in measure)
+    )
+
+
+def confusion_counts(
+    labels: jax.Array, predictions: jax.Array, mask: jax.Array, num_classes: int
+) -> jax.Array:
+    """How often each class was taken for each, (num_classes, num_classes) int32, rows = labels.
+
+    Args:
+      labels: (B,) int.
+      predictions: (B,) int.
+      mask: (B,) bool.
+      num_classes: K; examples with a label or a prediction outside [0, K) are left out.
+    """
+    inside = (labels >= 0) & (predictions >= 0)  # Negative indices would count from the end.
+    counts = jnp.zeros((num_classes, num_classes), jnp.int32)
+    return counts.at[labels, predictions].add((mask & inside).astype(jnp.int32), mode="drop")

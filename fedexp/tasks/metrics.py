@@ -1,0 +1,60 @@
+"""Metrics of logits against the integer labels in feature 'y'.
+
+Logits are (B, K) with labels (B,), or (B, ..., K) with (B, ...): an example then weighs as many
+predictions as it holds.
+"""
+
+from __future__ import annotations
+
+import gin
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedexp.errors import UserError
+from fedexp.tasks.base import Features, Measure, Metric
+
+
+@gin.configurable
+def accuracy() -> Metric:
+    """The fraction of labels with the highest logit; of equal logits the first counts as highest."""
+    return lambda logits, batch: _measure(logits.argmax(-1) == batch["y"])
+
+
+@gin.configurable
+def top_k(k: int = 5) -> Metric:
+    """The fraction of labels among the k highest logits; of equal logits the first rank higher.
+
+    A label whose logit is NaN is never among them.
+
+    Raises:
+      UserError: k is below 1.
+    """
+    if k < 1:
+        raise UserError(f"top_k.k must be at least 1, got {k}")
+
+    def metric(logits: jax.Array, batch: Features) -> Measure:
+        label = batch["y"][..., None]
+        own = jnp.take_along_axis(logits, label, axis=-1)
+        earlier = jnp.arange(logits.shape[-1]) < label
+        ahead = ~(logits <= own) | ((logits == own) & earlier)
+        return _measure(ahead.sum(-1) < k)
+
+    return metric
+
+
+@gin.configurable
+def cross_entropy() -> Metric:
+    """The negative log-likelihood of the labels, in nats."""
+
+    def metric(logits: jax.Array, batch: Features) -> Measure:
+        logits = logits.astype(jnp.float32)
+        return _measure(optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]))
+
+    return metric
+
+
+def _measure(values: jax.Array) -> Measure:
+    """Per-prediction values (B, ...), each of weight 1, as one Measure per example."""
+    values = values.reshape(values.shape[0], -1).astype(jnp.float32)
+    return Measure(values.sum(-1), jnp.full(values.shape[0], values.shape[1], jnp.float32))

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax import lax
+
+from fedexp.models.layers import Conv, Dropout, convolve, dropout, max_pool_2x2
+
+CASES = [
+    # (height, width, channels), features, kernel, strides, padding
+    ((10, 10, 8), 6, (3, 3), (1, 1), "VALID"),  # Winograd, even height
+    ((9, 8, 8), 6, (3, 3), (1, 1), "VALID"),  # Winograd, odd height
+    ((7, 9, 12), 5, (3, 3), (1, 1), "SAME"),
+    ((8, 9, 8), 5, (3, 5), (1, 2), "SAME"),  # Winograd, other columns
+    ((3, 4, 8), 5, (3, 1), (1, 1), "VALID"),  # Winograd, a single row
+    ((9, 9, 1), 4, (3, 3), (1, 1), "VALID"),
+    ((9, 10, 8), 4, (5, 5), (1, 1), "SAME"),
+    ((9, 10, 8), 4, (3, 3), (2, 2), "SAME"),
+    ((10, 9, 2), 4, (2, 3), (2, 3), "VALID"),
+    ((6, 5, 8), 4, (1, 1), (1, 1), "VALID"),
+]
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize("shape, features, kernel, strides, padding", CASES)
+def test_conv_is_nn_conv(shape, features, kernel, strides, padding):
+    ours = Conv(features, kernel, strides, padding)
+    theirs = nn.Conv(features, kernel, strides, padding)
+    x = normal(0, 3, *shape)
+    variables = theirs.init(jax.random.key(1), x)
+    jax.tree.map(np.testing.assert_array_equal, ours.init(jax.random.key(1), x), variables)
+    variables = jax.tree.map(lambda p: p + normal(2, *p.shape), variables)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def outcome(module):
+        value, pullback = jax.vjp(module.apply, variables, x)
+        return value, pullback(normal(3, *value.shape))
+
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)  # noqa: E731
+    jax.tree.map(close, outcome(ours), outcome(theirs))
+
+
+def test_conv_without_bias_and_in_bfloat16():
+    x = normal(0, 2, 6, 6, 8)
+    module = Conv(4, (3, 3), use_bias=False, dtype=jnp.bfloat16)
+    variables = module.init(jax.random.key(1), x)
+    assert set(variables["params"]) == {"kernel"}
+    assert variables["params"]["kernel"].dtype == jnp.float32
+    y = module.apply(variables, x)
+    assert y.dtype == jnp.bfloat16
+    expected = nn.Conv(4, (3, 3), use_bias=False).apply(variables, x)
+    np.testing.assert_allclose(y.astype(jnp.float32), expected, atol=0.05)
+
+
+def test_winograd_is_as_accurate_as_a_direct_convolution():
+    x, kernel = normal(0, 4, 26, 26, 32), normal(1, 3, 3, 32, 64)
+    patches = np.lib.stride_tricks.sliding_window_view(np.asarray(x, np.float64), (3, 3), (1, 2))
+    exact = np.einsum("bhwcij,ijco->bhwo", patches, np.asarray(kernel, np.float64), optimize=True)
+    error = np.abs(convolve(x, kernel) - exact).max() / np.abs(exact).max()
+    assert error < 2e-6
+
+
+def test_conv_trains_per_lane_kernels_in_a_loop():
+    """Lanes under vmap inside a fori_loop equal nn.Conv trained in Python, a lane at a time."""
+    lanes, steps = 3, 4
+    x, target = normal(0, lanes, 2, 8, 8, 8), normal(1, lanes, 2, 6, 6, 4)
+    ours, theirs = Conv(4, (3, 3), padding="VALID"), nn.Conv(4, (3, 3), padding="VALID")
+    params = jax.vmap(lambda key, x: theirs.init(key, x))(jax.random.split(jax.random.key(2), 3), x)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(module, params, x, target):
+        loss = lambda p: jnp.mean((module.apply(p, x) - target) ** 2)  # noqa: E731
+        return jax.tree.map(lambda p, g: p - 0.5 * g, params, jax.grad(loss)(params))
+
+    @jax.jit
+    def loop(params):
+        body = jax.vmap(lambda p, x, t: step(ours, p, x, t))
+        return lax.fori_loop(0, steps, lambda _, p: body(p, x, target), params)
+
+    trained = loop(params)
+    for lane in range(lanes):
+        expected = jax.tree.map(lambda p, lane=lane: p[lane], params)
+        for _ in range(steps):
+            expected = step(theirs, expected, x[lane], target[lane])
+        jax.tree.map(
+            lambda a, b, lane=lane: np.testing.assert_allclose(a[lane], b, rtol=1e-4, atol=1e-5),
+            trained,
+            expected,
+        )
+
+
+def test_unused_input_gradient_costs_nothing():
+    """XLA drops the first layer's input gradient: a training step has no more products for it."""
+    x, kernel = normal(0, 2, 8, 8, 8), normal(1, 3, 3, 8, 4)
+    loss = lambda kernel, x: jnp.sum(convolve(x, kernel) ** 2)  # noqa: E731
+
+    def flops(argnums):
+        compiled = jax.jit(jax.grad(loss, argnums)).lower(kernel, x).compile()
+        return compiled.cost_analysis()["flops"]
+
+    assert flops(0) < 0.75 * flops((0, 1))
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 8, 3), (2, 7, 5, 3)])
+def test_max_pool_is_nn_max_pool(shape):
+    x = normal(0, *shape)
+    pool = lambda x: nn.max_pool(x, (2, 2), (2, 2))  # noqa: E731
+    y, pullback = jax.vjp(max_pool_2x2, x)
+    expected, expected_pullback = jax.vjp(pool, x)
+    np.testing.assert_array_equal(y, expected)
+    g = normal(1, *y.shape)
+    np.testing.assert_array_equal(pullback(g)[0], expected_pullback(g)[0])
+
+
+def test_max_pool_ties_share_the_gradient():
+    x = jnp.array([[1.0, 1.0], [0.0, 1.0]]).reshape(1, 2, 2, 1)
+    (gradient,) = jax.vjp(max_pool_2x2, x)[1](jnp.full((1, 1, 1, 1), 6.0))
+    np.testing.assert_array_equal(gradient[0, :, :, 0], [[2, 2], [0, 2]])
+
+
+@pytest.mark.parametrize("rate, kept", [(0.25, 0.75), (0.5, 0.5), (0.1, 230 / 256)])
+def test_dropout_rate_and_scale(rate, kept):
+    x = jnp.ones((401, 999))  # Not a multiple of the four decisions in a word.
+    y = np.asarray(dropout(jax.random.key(0), x, rate))
+    np.testing.assert_allclose(np.unique(y), [0, 1 / kept], rtol=1e-6)
+    deviation = np.sqrt(kept * (1 - kept) / x.size)
+    assert abs((y != 0).mean() - kept) < 4 * deviation
+    for axis in (0, 1):  # Neighbours decide independently, also across words.
+        kept_pairs = np.mean(np.take(y, range(400), axis) * np.take(y, range(1, 401), axis) > 0)
+        assert abs(kept_pairs - kept**2) < 0.01
+
+
+def test_dropout_extremes():
+    x = normal(0, 5)
+    np.testing.assert_array_equal(dropout(jax.random.key(0), x, 0.0), x)
+    np.testing.assert_array_equal(dropout(jax.random.key(0), x, 1.0), np.zeros(5))
+
+
+def test_dropout_gradient_is_its_mask():
+    x, key = normal(0, 50), jax.random.key(1)
+    gradient = jax.grad(lambda x: dropout(key, x, 0.5).sum())(x)
+    np.testing.assert_allclose(dropout(key, x, 0.5), gradient * x, rtol=1e-6)
+
+
+def test_dropout_is_the_same_under_vmap_and_jit():
+    x, keys = normal(0, 3, 7, 9), jax.random.split(jax.random.key(1), 3)
+    module = Dropout(0.25)
+
+    def drop(key, x):
+        return module.apply({}, x, deterministic=False, rngs={"dropout": key})
+
+    each = np.stack([drop(key, row) for key, row in zip(keys, x, strict=True)])
+    np.testing.assert_array_equal(jax.vmap(drop)(keys, x), each)
+    np.testing.assert_array_equal(jax.jit(jax.vmap(drop))(keys, x), each)
+    assert (each[0] != 0).tolist() != (each[1] != 0).tolist()
+
+
+def test_dropout_module_does_nothing_in_evaluation():
+    x = normal(0, 4)
+    np.testing.assert_array_equal(Dropout(0.5).apply({}, x, deterministic=True), x)

@@ -1,0 +1,160 @@
+"""Optax optimizers and schedules by their Gin names, and the adaptive ones as the FL literature has them.
+
+A Gin file tells client and server optimizers apart by scope: `client/sgd.learning_rate = 0.1`,
+`server/adam.learning_rate = 0.003`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import gin
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedexp.errors import UserError
+
+ScalarOrSchedule = float | Callable[[jax.Array], jax.Array]
+
+_OPTAX_OPTIMIZERS = ("sgd", "adamw", "rmsprop", "lion", "lamb", "nadam", "adabelief")
+_OPTAX_SCHEDULES = (
+    "constant_schedule",
+    "cosine_decay_schedule",
+    "exponential_decay",
+    "linear_schedule",
+    "piecewise_constant_schedule",
+    "polynomial_schedule",
+    "warmup_cosine_decay_schedule",
+    "join_schedules",
+)
+
+
+def _checked(optimizer: Callable[..., optax.GradientTransformation]):
+    """Refuses learning rates that are negative or not a number."""
+
+    @functools.wraps(optimizer)
+    def build(learning_rate: ScalarOrSchedule = gin.REQUIRED, *args, **kwargs):
+        if not callable(learning_rate) and not learning_rate >= 0:
+            scope = "/".join([*gin.current_scope(), optimizer.__name__])
+            raise UserError(
+                f"{scope}.learning_rate must not be negative, got {learning_rate}; "
+                "gradients are already descended"
+            )
+        return optimizer(learning_rate, *args, **kwargs)
+
+    return build
+
+
+class AdaptiveState(NamedTuple):
+    """First moment m and second moment v, each shaped like the parameters."""
+
+    m: Any
+    v: Any
+
+
+def _scale_by_algorithm_2(
+    second_moment: Callable[[jax.Array, jax.Array], jax.Array],
+    b1: float,
+    eps: float,
+    initial_accumulator_value: float,
+) -> optax.GradientTransformation:
+    """m / (sqrt(v) + eps), without bias correction (Reddi et al. 2021, Algorithm 2)."""
+
+    def init(params):
+        return AdaptiveState(
+            jax.tree.map(jnp.zeros_like, params),
+            jax.tree.map(lambda p: jnp.full_like(p, initial_accumulator_value), params),
+        )
+
+    def update(grads, state, params=None):
+        del params
+        m = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, grads, state.m)
+        v = jax.tree.map(second_moment, grads, state.v)
+        # An entry that never had a gradient has m = 0: 0 / max(0 + eps, tiny) stays 0 for eps = 0 too.
+        updates = jax.tree.map(
+            lambda m, v: m / jnp.maximum(jnp.sqrt(v) + eps, jnp.finfo(v.dtype).tiny), m, v
+        )
+        return updates, AdaptiveState(m, v)
+
+    return optax.GradientTransformation(init, update)
+
+
+@gin.configurable(module="optimizers")
+@_checked
+def adam(
+    learning_rate: ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    bias_correction: bool = True,
+    initial_accumulator_value: float = 0.0,
+) -> optax.GradientTransformation:
+    """Adam; `bias_correction=False` is FedAdam's server step (Reddi et al. 2021, Algorithm 2).
+
+    Args:
+      learning_rate: eta, or an Optax schedule of the number of updates made.
+      b1: decay of the first moment.
+      b2: decay of the second moment; the paper fixes 0.99.
+      eps: the paper's adaptivity tau, outside the square root.
+      bias_correction: divide the moments by 1 - b**t (Kingma & Ba 2015), as `optax.adam` does.
+      initial_accumulator_value: v before the first update; without bias correction only.
+    """
+    if bias_correction:
+        return optax.adam(learning_rate, b1, b2, eps)
+    moment = _scale_by_algorithm_2(
+        lambda g, v: b2 * v + (1 - b2) * g**2, b1, eps, initial_accumulator_value
+    )
+    return optax.chain(moment, optax.scale_by_learning_rate(learning_rate))
+
+
+@gin.configurable(module="optimizers")
+@_checked
+def adagrad(
+    learning_rate: ScalarOrSchedule,
+    b1: float = 0.0,
+    eps: float = 1e-3,
+    initial_accumulator_value: float = 0.0,
+) -> optax.GradientTransformation:
+    """FedAdagrad's server step: v += g**2 (Reddi et al. 2021, Algorithm 2).
+
+    Args:
+      learning_rate: eta, or an Optax schedule of the number of updates made.
+      b1: decay of the first moment; the paper fixes 0.
+      eps: the paper's adaptivity tau, outside the square root (`optax.adagrad` has it inside).
+      initial_accumulator_value: v before the first update.
+    """
+    moment = _scale_by_algorithm_2(lambda g, v: v + g**2, b1, eps, initial_accumulator_value)
+    return optax.chain(moment, optax.scale_by_learning_rate(learning_rate))
+
+
+@gin.configurable(module="optimizers")
+@_checked
+def yogi(
+    learning_rate: ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.99,
+    eps: float = 1e-3,
+    initial_accumulator_value: float = 0.0,
+) -> optax.GradientTransformation:
+    """FedYogi's server step: v -= (1 - b2) g**2 sign(v - g**2) (Reddi et al. 2021, Algorithm 2).
+
+    Args:
+      learning_rate: eta, or an Optax schedule of the number of updates made.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: the paper's adaptivity tau, outside the square root.
+      initial_accumulator_value: v before the first update (`optax.yogi` starts at 1e-6).
+    """
+    moment = _scale_by_algorithm_2(
+        lambda g, v: v - (1 - b2) * g**2 * jnp.sign(v - g**2), b1, eps, initial_accumulator_value
+    )
+    return optax.chain(moment, optax.scale_by_learning_rate(learning_rate))
+
+
+for _name in _OPTAX_OPTIMIZERS:
+    gin.external_configurable(_checked(getattr(optax, _name)), name=_name, module="optax")
+for _name in _OPTAX_SCHEDULES:
+    gin.external_configurable(getattr(optax, _name), name=_name, module="optax")

@@ -1,0 +1,116 @@
+"""The round engine: a cohort's local training as one compiled loop over lanes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedexp.algorithms.base import Clients, ClientWork, Cohort
+from fedexp.data import Batch
+from fedexp.strategies.schedule import Schedule
+
+PyTree = Any
+
+
+class PackedWork(NamedTuple):
+    """What the strategies put into `Cohort.work`.
+
+    Attributes:
+      schedule: of this device's clients.
+      examples: name -> (num_rows, ...), what `schedule.rows` points into.
+    """
+
+    schedule: Schedule
+    examples: dict[str, jax.Array]
+
+
+def take_batch(examples: dict[str, jax.Array], rows: jax.Array) -> Batch:
+    """Gathers the examples of `rows` (..., B) int32; negative rows are padding."""
+    return Batch(
+        {name: jnp.take(array, jnp.maximum(rows, 0), axis=0) for name, array in examples.items()},
+        rows >= 0,
+    )
+
+
+def for_each_client(work: ClientWork, shared: PyTree, cohort: Cohort) -> tuple[PyTree, PyTree]:
+    """Runs `work` over the packed schedule; see `algorithms.base.ForEachClient`.
+
+    The loop over steps holds nothing but `work.step`. Carries are made and finished between segments, so
+    the passes over the parameters that `init` and `finish` cost are paid per client, not per step.
+    """
+    schedule, examples = cohort.work
+    clients = cohort.clients
+    num_slots, num_lanes = schedule.slots.shape
+    over_lanes = _over_lanes(num_lanes)
+    init = over_lanes(lambda client: work.init(shared, client))
+    step = over_lanes(lambda carry, batch, key: work.step(shared, carry, batch, key))
+    finish = over_lanes(lambda carry, client: work.finish(shared, carry, client))
+
+    def lane_clients(slots: jax.Array) -> Clients:
+        return jax.tree.map(lambda leaf: jnp.take(leaf, slots, axis=0, mode="clip"), clients)
+
+    def segment(s, state):
+        carry, total, each = state
+        begin, end = schedule.bounds[s], schedule.bounds[s + 1]
+        slots, starts, ends = schedule.slots[s], schedule.starts[s], schedule.ends[s]
+        client = lane_clients(slots)
+
+        def one_step(t, carry):
+            keys = jax.vmap(jax.random.fold_in)(client.key, t - starts)
+            return step(carry, take_batch(examples, schedule.rows[t]), keys)
+
+        fresh = init(client)
+        # With a single lane every segment is one whole client: nothing to choose between.
+        carry = fresh if num_lanes == 1 else _select(starts == begin, fresh, carry)
+        carry = jax.lax.fori_loop(begin, end, one_step, carry)
+        lane_total, lane_each = finish(carry, client)
+        if num_lanes > 1:
+            lane_total = _select(ends, lane_total, jax.tree.map(jnp.zeros_like, lane_total))
+        total = jax.tree.map(lambda sum_, leaf: sum_ + leaf.sum(axis=0), total, lane_total)
+        slots = jnp.where(ends, slots, num_slots)
+        each = jax.tree.map(
+            lambda all_, leaf: all_.at[slots].set(leaf, mode="drop"), each, lane_each
+        )
+        return carry, total, each
+
+    client = jax.eval_shape(lambda: lane_clients(schedule.slots[0]))
+    carry = jax.eval_shape(init, client)
+    total, each = jax.eval_shape(finish, carry, client)
+    state = (
+        _zeros(carry),
+        jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), total),
+        jax.tree.map(lambda leaf: jnp.zeros((num_slots, *leaf.shape[1:]), leaf.dtype), each),
+    )
+    _, total, each = jax.lax.fori_loop(0, schedule.num_segments, segment, state)
+    return total, each
+
+
+def _over_lanes(num_lanes: int) -> Callable[[Callable], Callable]:
+    """vmap over the lanes; a single lane is run bare, which XLA compiles to faster products."""
+    if num_lanes > 1:
+        return jax.vmap
+
+    def bare(function):
+        def run(*args):
+            out = function(*jax.tree.map(lambda leaf: leaf[0], args))
+            return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], out)
+
+        return run
+
+    return bare
+
+
+def _select(chosen: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    """Per lane `new` where `chosen` (L,), else `old`."""
+
+    def select(new_leaf, old_leaf):
+        return jnp.where(chosen.reshape(-1, *[1] * (new_leaf.ndim - 1)), new_leaf, old_leaf)
+
+    return jax.tree.map(select, new, old)
+
+
+def _zeros(shapes: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)

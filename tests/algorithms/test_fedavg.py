@@ -1,0 +1,198 @@
+"""FedAvg and its server optimizers against the papers' pseudo-code in NumPy."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from fedexp.aggregators import mean
+from fedexp.algorithms import fedavg, optimizers
+from fedexp.data.batching import ClientBatching
+from fedexp.errors import UserError
+from fedexp.strategies import debug, jit
+from tests.support import linear
+
+ROUNDS, BATCH_SIZE, CLIENT_LR, SERVER_LR, EPS = 3, 4, 0.05, 0.1, 1e-3
+COHORTS = [np.array([0, 2, 3, 5]), np.array([1, 3, 4, 6]), np.array([0, 1, 2, 6])]
+BATCHING = ClientBatching(BATCH_SIZE, local_epochs=2, shuffle=False)
+
+
+def run(algorithm, strategy, *, task=None, rounds=ROUNDS, batching=BATCHING, seed=0):
+    """Runs the cohorts; returns final params as float64 NumPy and the last round's metrics."""
+    task = task or linear.task()
+    params = task.init(jax.random.key(0), None)
+    runner = strategy(
+        algorithm, linear.dataset(), batching, params=params, cohort_size=4, seed=seed
+    )
+    state = algorithm.init(params)
+    for number in range(rounds):
+        output = runner.run(state, runner.prepare(number, COHORTS[number]))
+        state = output.server_state
+    params = {name: np.asarray(leaf, np.float64) for name, leaf in state.params.items()}
+    return params, {name: np.asarray(value) for name, value in output.metrics.items()}
+
+
+def reference(server_step, *, weighting="examples", proximal=0.0, client_lr=lambda r: CLIENT_LR):
+    """Reddi et al. 2021, Algorithm 1, on least squares; theta = (w, b) as one float64 vector."""
+    data = linear.dataset()
+    first = linear.task().init(jax.random.key(0), None)
+    theta = np.concatenate([np.asarray(first["w"], np.float64), [0.0]])
+    for number in range(ROUNDS):
+        updates, weights = [], []
+        for client in COHORTS[number]:
+            x, y = data.client(client)["x"].astype(float), data.client(client)["y"].astype(float)
+            x = np.column_stack([x, np.ones(len(y))])
+            local = theta.copy()
+            for _ in range(2):
+                for begin in range(0, len(y), BATCH_SIZE):
+                    xb, yb = x[begin : begin + BATCH_SIZE], y[begin : begin + BATCH_SIZE]
+                    gradient = 2 * xb.T @ (xb @ local - yb) / len(yb)
+                    gradient += proximal * (local - theta)
+                    local -= client_lr(number) * gradient
+            updates.append(local - theta)
+            weights.append(len(y) if weighting == "examples" else 1)
+        theta = server_step(theta, np.average(updates, axis=0, weights=weights))
+    return {"w": theta[:-1], "b": theta[-1]}
+
+
+def server_sgd(theta, delta):
+    return theta + 1.0 * delta
+
+
+def algorithm_2(kind, b1, b2, v0=0.0):
+    """The server step of Algorithm 2; Delta is the mean update, which is ascended."""
+    moments = {"m": 0.0, "v": v0}
+
+    def step(theta, delta):
+        m = b1 * moments["m"] + (1 - b1) * delta
+        v = moments["v"] + np.zeros_like(delta)
+        if kind == "adagrad":
+            v = v + delta**2
+        elif kind == "yogi":
+            v = v - (1 - b2) * delta**2 * np.sign(v - delta**2)
+        else:
+            v = b2 * v + (1 - b2) * delta**2
+        moments.update(m=m, v=v)
+        return theta + SERVER_LR * m / (np.sqrt(v) + EPS)
+
+    return step
+
+
+STRATEGIES = {"debug": debug(), "1 lane": jit(1), "2 lanes": jit(2), "5 lanes": jit(5)}
+SERVERS = {
+    "fedavg": (optax.sgd(1.0), lambda: server_sgd),
+    "fedadagrad": (
+        optimizers.adagrad(SERVER_LR, eps=EPS),
+        lambda: algorithm_2("adagrad", 0.0, None),
+    ),
+    "fedadam": (
+        optimizers.adam(SERVER_LR, b2=0.99, eps=EPS, bias_correction=False),
+        lambda: algorithm_2("adam", 0.9, 0.99),
+    ),
+    "fedyogi": (
+        optimizers.yogi(SERVER_LR, eps=EPS, initial_accumulator_value=0.5),
+        lambda: algorithm_2("yogi", 0.9, 0.99, v0=0.5),
+    ),
+}
+
+
+def assert_same(params, expected):
+    for name in expected:
+        np.testing.assert_allclose(params[name], expected[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("server", SERVERS)
+def test_three_rounds_equal_numpy(server, strategy):
+    optimizer, step = SERVERS[server]
+    algorithm = fedavg(linear.task(), optax.sgd(CLIENT_LR), optimizer)
+    params, _ = run(algorithm, STRATEGIES[strategy])
+    assert_same(params, reference(step()))
+
+
+@pytest.mark.parametrize("weighting", ["examples", "uniform"])
+def test_weighting(weighting):
+    algorithm = fedavg(
+        linear.task(), optax.sgd(CLIENT_LR), optax.sgd(1.0), aggregator=mean(weighting)
+    )
+    params, _ = run(algorithm, jit(2))
+    assert_same(params, reference(server_sgd, weighting=weighting))
+
+
+def test_proximal_term():
+    algorithm = fedavg(linear.task(), optax.sgd(CLIENT_LR), optax.sgd(1.0), proximal=0.7)
+    params, _ = run(algorithm, jit(1))
+    assert_same(params, reference(server_sgd, proximal=0.7))
+
+
+def test_client_schedule_is_a_factor_of_the_round():
+    algorithm = fedavg(
+        linear.task(),
+        optax.sgd(CLIENT_LR),
+        optax.sgd(1.0),
+        client_schedule=optax.exponential_decay(1.0, transition_steps=1, decay_rate=0.5),
+    )
+    params, _ = run(algorithm, jit(1))
+    assert_same(params, reference(server_sgd, client_lr=lambda r: CLIENT_LR * 0.5**r))
+
+
+@pytest.mark.parametrize("strategy", ["1 lane", "2 lanes", "5 lanes"])
+def test_random_choices_do_not_depend_on_the_strategy(strategy):
+    task = linear.task(noise=0.3)
+    algorithm = fedavg(task, optax.adam(CLIENT_LR), optax.adam(SERVER_LR))
+    batching = ClientBatching(BATCH_SIZE, local_epochs=2)
+    expected, expected_metrics = run(algorithm, debug(), task=task, batching=batching)
+    params, metrics = run(algorithm, STRATEGIES[strategy], task=task, batching=batching)
+    assert_same(params, expected)
+    for name, value in expected_metrics.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    other_seed, _ = run(algorithm, jit(1), task=task, batching=batching, seed=1)
+    assert np.abs(other_seed["w"] - expected["w"]).max() > 1e-4
+
+
+def test_round_metrics_are_of_the_cohort_alone():
+    """With a learning rate of zero the training metrics are those of the initial parameters."""
+    algorithm = fedavg(linear.task(), optax.sgd(0.0), optax.sgd(1.0))
+    _, metrics = run(algorithm, jit(2), rounds=1)
+    first = linear.task().init(jax.random.key(0), None)
+    data = linear.dataset()
+    losses = []
+    for client in COHORTS[0]:
+        x, y = data.client(client).values()
+        losses.append((x @ np.asarray(first["w"]) - y) ** 2)
+    assert metrics["train/loss"] == pytest.approx(np.concatenate(losses).mean(), rel=1e-5)
+    np.testing.assert_allclose(metrics["clients/loss"], [loss.mean() for loss in losses], rtol=1e-5)
+    assert (metrics["clients/update_norm"] == 0).all()
+
+
+def test_adam_with_bias_correction_is_optax_adam():
+    grads = {"a": np.array([0.3, -2.0], np.float32)}
+    ours, theirs = optimizers.adam(0.1), optax.adam(0.1)
+    update, _ = ours.update(grads, ours.init(grads))
+    expected, _ = theirs.update(grads, theirs.init(grads))
+    np.testing.assert_array_equal(update["a"], expected["a"])
+
+
+def test_parameters_without_gradient_stay_put_when_eps_is_zero():
+    optimizer = optimizers.adagrad(0.1, eps=0.0)
+    grads = {"a": np.array([0.0, 1.0], np.float32)}
+    update, _ = optimizer.update(grads, optimizer.init(grads))
+    np.testing.assert_allclose(update["a"], [0.0, -0.1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [-0.1, float("nan")])
+def test_negative_learning_rate_is_refused(rate):
+    with pytest.raises(UserError, match="adam.learning_rate must not be negative"):
+        optimizers.adam(rate)
+
+
+def test_negative_proximal_term_is_refused():
+    with pytest.raises(UserError, match="proximal"):
+        fedavg(linear.task(), optax.sgd(0.1), optax.sgd(1.0), proximal=-1.0)
+
+
+def test_unknown_weighting_is_refused():
+    with pytest.raises(UserError, match="'examples' or 'uniform', got 'exmples'"):
+        mean("exmples")

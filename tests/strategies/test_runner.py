@@ -1,0 +1,136 @@
+"""The design's invariants of the round engine."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from fedexp.algorithms import fedavg
+from fedexp.algorithms.base import Algorithm, ClientWork, RoundOutput
+from fedexp.data.batching import ClientBatching
+from fedexp.errors import UserError
+from fedexp.strategies import debug, jit
+from fedexp.strategies.client_states import ClientStates
+from tests.support import linear
+
+
+def bind(strategy, algorithm=None, cohort_size=4):
+    task = linear.task()
+    algorithm = algorithm or fedavg(task, optax.sgd(0.05), optax.sgd(1.0))
+    params = task.init(jax.random.key(0), None)
+    runner = strategy(
+        algorithm,
+        linear.dataset(),
+        ClientBatching(4),
+        params=params,
+        cohort_size=cohort_size,
+        seed=0,
+    )
+    return runner, algorithm.init(params)
+
+
+def test_many_cohorts_of_different_sizes_share_one_compilation():
+    runner, state = bind(jit(2))
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        cohort = np.sort(rng.choice(len(linear.SIZES), rng.integers(1, 5), replace=False))
+        state = runner.run(state, runner.prepare(number, cohort)).server_state
+    assert runner.compilations == 1
+
+
+def test_a_larger_cohort_takes_the_next_bucket():
+    runner, state = bind(jit(1), cohort_size=2)
+    for number, size in enumerate([2, 4, 3, 4, 1]):
+        state = runner.run(state, runner.prepare(number, np.arange(size))).server_state
+    assert runner.compilations == 2
+
+
+def test_a_round_is_one_dispatch():
+    """No step is traced more than a handful of times, whatever the number of clients and steps."""
+    traces = []
+
+    def step(shared, carry, batch, key):
+        traces.append(batch.mask.shape)
+        return carry + batch.mask.sum()
+
+    work = ClientWork(lambda shared, client: 0, step, lambda shared, carry, client: (carry, carry))
+
+    def round_(state, cohort, for_each_client):
+        total, each = for_each_client(work, None, cohort)
+        return RoundOutput(state, {"examples": total, "clients/examples": each})
+
+    runner, state = bind(jit(1), Algorithm(lambda params: params, round_))
+    prepared = runner.prepare(0, np.array([1, 3, 4, 6]))
+    metrics = runner.run(state, prepared).metrics
+    assert metrics["examples"] == 9 + 14 + 7 + 11
+    assert metrics["clients/examples"].tolist() == [9, 14, 7, 11]
+    # Once to learn the carry's shape, once for the loop, once more where XLA wants stable types.
+    assert len(traces) <= 3
+
+
+def test_resident_and_streamed_examples_give_the_same_round():
+    cohort = np.array([0, 3, 6])
+    results = []
+    for strategy in (jit(2), jit(2, max_resident_bytes=1)):
+        runner, state = bind(strategy)
+        prepared = runner.prepare(0, cohort)
+        results.append(runner.run(state, prepared).server_state.params)
+    np.testing.assert_array_equal(results[0]["w"], results[1]["w"])
+
+
+def test_resident_rounds_transfer_no_examples():
+    runner, _ = bind(jit(1))
+    first, second = runner.prepare(0, np.arange(4)), runner.prepare(1, np.arange(4))
+    assert first.examples is second.examples
+
+
+def test_cohort_batches_depend_on_seed_round_and_client_alone():
+    runner, _ = bind(jit(1))
+    again, _ = bind(jit(1))
+    few, many = runner.prepare(3, np.array([3])), again.prepare(3, np.array([1, 3, 6]))
+    rows_of = lambda prepared: [  # noqa: E731
+        row for row in np.asarray(prepared.inputs.schedule.rows).reshape(-1, 4) if (row >= 0).any()
+    ]
+    expected = {tuple(row) for row in rows_of(few)}
+    assert expected <= {tuple(row) for row in rows_of(many)}
+
+
+def test_debug_names_the_client_and_the_step():
+    def step(shared, carry, batch, key):
+        if batch.mask.sum() < 4:
+            raise ZeroDivisionError("boom")
+        return carry
+
+    work = ClientWork(lambda s, c: 0, step, lambda s, carry, c: (carry, carry))
+    algorithm = Algorithm(
+        lambda params: params, lambda state, cohort, for_each: for_each(work, None, cohort)
+    )
+    runner, state = bind(debug(), algorithm)
+    with pytest.raises(ZeroDivisionError) as caught:
+        runner.run(state, runner.prepare(5, np.array([3])))
+    assert caught.value.__notes__ == ["in local step 3", "in round 5, client 'client3'"]
+
+
+def test_debug_stops_at_the_step_that_diverges():
+    task = linear.task()
+    runner, state = bind(debug(), fedavg(task, optax.sgd(1e30), optax.sgd(1.0)))
+    with pytest.raises(FloatingPointError, match="not finite") as caught:
+        runner.run(state, runner.prepare(0, np.array([3])))
+    assert any("client3" in note for note in caught.value.__notes__)
+
+
+@pytest.mark.parametrize("lanes", [0, -1, 1.5, "all"])
+def test_bad_lanes_are_refused(lanes):
+    with pytest.raises(UserError, match="lanes must be 'auto' or a number from 1"):
+        jit(lanes)
+
+
+def test_client_states_return_what_was_stored_and_survive_a_checkpoint():
+    states = ClientStates({"c": np.zeros(2, np.float32)})
+    states.scatter(np.array([5, 2]), {"c": np.array([[1, 2], [3, 4], [9, 9]], np.float32)})
+    assert states.gather(np.array([2, 7, 5]), 4)["c"].tolist() == [[3, 4], [0, 0], [1, 2], [0, 0]]
+    restored = ClientStates({"c": np.zeros(2, np.float32)})
+    restored.load(states.save())
+    assert restored.gather(np.array([2, 5]), 2)["c"].tolist() == [[3, 4], [1, 2]]

@@ -1,0 +1,323 @@
+"""Checkpoints: the state of a run, written by Orbax while the next round trains.
+
+A checkpoint is a folder `<directory>/<round>` with two Orbax items: `state`, a flat dict of the
+state's arrays named by their path (`params.Dense_0.kernel`), and `about`, a JSON of the caller's
+metadata and every array's dtype, shape and checksum.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedexp.errors import UserError
+
+PyTree = Any
+
+
+class Checkpointer:
+    """Saves and restores a run's state, one folder a round, atomically and in the background.
+
+    A process killed at any moment leaves the checkpoints it had completed. With several processes,
+    every one makes the same calls, and the first one writes; states are replicated over processes.
+
+    Args:
+      directory: where checkpoints lie; made if missing. What a killed save left there is removed.
+      keep: the number of most recent checkpoints to keep.
+      best_metric: a key of `save`'s `metrics`; the best checkpoint by it is kept as well.
+      best_mode: whether the best is the largest or the smallest.
+
+    Raises:
+      UserError: here for a bad argument or a folder that cannot be made, and from every method for
+        a save that failed in the background; it names the folder.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        keep: int = 3,
+        best_metric: str | None = None,
+        best_mode: Literal["max", "min"] = "max",
+    ) -> None:
+        if keep < 1:
+            raise UserError(f"CheckpointPlan.keep must be at least 1, got {keep}")
+        if best_mode not in ("max", "min"):
+            raise UserError(f"CheckpointPlan.best_mode must be 'max' or 'min', got {best_mode!r}")
+        import orbax.checkpoint as ocp
+        from etils import epath
+
+        # What matters in Orbax's log reaches the caller as an exception.
+        logging.getLogger("absl").addFilter(_is_not_from_orbax)
+        self._ocp = ocp
+        self._best_metric = best_metric
+        self._directory = str(directory)
+        if "://" not in self._directory:
+            self._directory = os.path.abspath(self._directory)
+        policies = ocp.checkpoint_managers
+        preserved: list[Any] = [policies.LatestN(keep)]
+        if best_metric is not None:
+            preserved.append(
+                policies.BestN(
+                    get_metric_fn=lambda metrics: metrics[best_metric],
+                    reverse=best_mode == "min",
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(preserved),
+            best_fn=best_metric and (lambda metrics: metrics[best_metric]),
+            best_mode=best_mode,
+            cleanup_tmp_directories=True,
+            # In the background, a failure to make them leaves threads that keep the process alive.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        )
+        try:
+            epath.Path(self._directory).mkdir(parents=True, exist_ok=True)
+        except Exception as error:
+            raise self._cannot_write(error) from error
+        try:
+            self._manager = ocp.CheckpointManager(
+                self._directory, item_names=("state", "about"), options=options
+            )
+        except Exception as error:
+            raise UserError(
+                f"A checkpoint in {self._directory} is damaged: {_first_line(error)}. Delete its "
+                "folder, or choose another folder."
+            ) from error
+
+    def save(
+        self,
+        round: int,
+        state: PyTree,
+        metadata: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+        force: bool = False,
+    ) -> None:
+        """Copies the state to the host, and writes it in the background.
+
+        Once this returns, the state's buffers may be donated or changed. It waits for the save
+        before, if that one is still being written.
+
+        Args:
+          round: the number of rounds done.
+          state: a pytree of arrays and numbers, at least one of them not empty.
+          metadata: what JSON can hold; `restore` returns it.
+          metrics: this round's evaluation, if there was one. Without a (non-NaN) `best_metric` in
+            it, the checkpoint does not take part in the choice of the best.
+          force: replace the checkpoints of this and of later rounds, if there are any.
+
+        Raises:
+          UserError: a checkpoint of this or of a later round exists and `force` is False; metrics
+            without `best_metric`; or writing failed, now or in the save before.
+        """
+        json.dumps(dict(metadata))  # A TypeError here rather than in Orbax's thread.
+        arrays = _host_arrays(state)
+        about = {
+            "metadata": dict(metadata),
+            "arrays": {name: _description(array) for name, array in arrays.items()},
+        }
+        tracked = self._tracked(metrics)
+        args = self._ocp.args
+        try:
+            for later in [r for r in self._manager.all_steps() if r >= round]:
+                self._manager.wait_until_finished()
+                if not force:
+                    raise UserError(
+                        f"{self._directory} already holds a checkpoint of round {later}, so round "
+                        f"{round} cannot be saved there. Use another folder, or delete {later}."
+                    )
+                self._manager.delete(later)
+            self._manager.save(
+                round,
+                args=args.Composite(
+                    # Orbax refuses arrays without elements; `about` says all there is to them.
+                    state=args.PyTreeSave({n: a for n, a in arrays.items() if a.size}),
+                    about=args.JsonSave(about),
+                ),
+                metrics=tracked,
+                force=True,
+            )
+        except UserError:
+            raise
+        except Exception as error:
+            raise self._cannot_write(error) from error
+
+    def latest(self) -> int | None:
+        """The round of the most recent checkpoint, or None; waits for a save under way."""
+        self.wait()
+        return self._manager.latest_step()
+
+    def best(self) -> int | None:
+        """The best checkpoint's round by `best_metric`, or None; waits for a save under way."""
+        self.wait()
+        return self._manager.best_step() if self._best_metric is not None else None
+
+    def restore(self, round: int | None, template: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        """Reads a checkpoint, bit for bit.
+
+        Args:
+          round: which one; None is the latest.
+          template: a pytree with the saved one's structure, dtypes and shapes. A leaf comes back as
+            what stands in the template: a jax.Array with its sharding, a NumPy array or a number.
+            A `jax.ShapeDtypeStruct` stands for an array on the host, or on its `sharding` if it
+            has one; `None` among its dimensions allows any size.
+
+        Returns:
+          The state and the metadata given to `save`.
+
+        Raises:
+          UserError: no such checkpoint; a damaged one; or one that does not fit the template,
+            naming the first leaf that differs.
+        """
+        self.wait()
+        rounds = sorted(self._manager.all_steps())
+        if not rounds or round not in (None, *rounds):
+            wanted = "checkpoint" if round is None else f"checkpoint of round {round}"
+            raise UserError(f"{self._directory} has no {wanted}; it has rounds {rounds}")
+        round = rounds[-1] if round is None else round
+        path = os.path.join(self._directory, str(round))
+        args = self._ocp.args
+        try:
+            read = self._manager.restore(
+                round, args=args.Composite(state=args.PyTreeRestore(), about=args.JsonRestore())
+            )
+            described, metadata = read.about["arrays"], read.about["metadata"]
+            arrays = {name: _checked(name, read.state, *described[name]) for name in described}
+        except Exception as error:
+            earlier = [r for r in rounds if r < round]
+            go_on = f"go on from round {earlier[-1]}" if earlier else "start over"
+            raise UserError(
+                f"The checkpoint {path} is damaged: {_first_line(error)}. "
+                f"Delete that folder to {go_on}."
+            ) from error
+        return _fill(template, arrays, path), metadata
+
+    def wait(self) -> None:
+        """Returns when the save under way is complete on disk."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._cannot_write(error) from error
+
+    def close(self) -> None:
+        """Waits for the save under way and ends Orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def _tracked(self, metrics: Mapping[str, float] | None) -> dict[str, float] | None:
+        if metrics is None or self._best_metric is None:
+            return None
+        if self._best_metric not in metrics:
+            raise UserError(
+                f"CheckpointPlan.best_metric is {self._best_metric!r}, but the evaluation gives "
+                f"{sorted(metrics)}"
+            )
+        value = float(metrics[self._best_metric])
+        return None if np.isnan(value) else {self._best_metric: value}
+
+    def _cannot_write(self, error: Exception) -> UserError:
+        return UserError(
+            f"Cannot write checkpoints to {self._directory}: {_first_line(error)}. "
+            "Free space there, or choose another folder."
+        )
+
+
+def _is_not_from_orbax(record: logging.LogRecord) -> bool:
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0].rstrip(".")
+
+
+def _named_leaves(tree: PyTree) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
+    """The leaves by path (`params.Dense_0.kernel`), in the tree's order."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    named = {jax.tree_util.keystr(path, simple=True, separator=".") or "state": leaf
+             for path, leaf in leaves}  # fmt: skip
+    if len(named) != len(leaves):
+        raise UserError("two leaves of the state have the same path; rename a key with a '.' in it")
+    return named, structure
+
+
+def _host_arrays(state: PyTree) -> dict[str, np.ndarray]:
+    # On a CPU these may be views of the state's buffers: Orbax copies them before `save` returns.
+    named, _ = _named_leaves(jax.device_get(state))
+    return {name: np.asarray(leaf) for name, leaf in named.items()}
+
+
+def _description(array: np.ndarray) -> tuple[str, list[int], int]:
+    return array.dtype.name, list(array.shape), _checksum(array)
+
+
+def _checksum(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
+def _checked(
+    name: str, arrays: Mapping[str, np.ndarray], dtype: str, shape: list[int], checksum: int
+) -> np.ndarray:
+    array = arrays[name] if 0 not in shape else np.zeros(shape, jnp.dtype(dtype))
+    if _description(array) != (dtype, shape, checksum):
+        raise ValueError(f"{name} is not what was saved")
+    return array
+
+
+def _fill(template: PyTree, arrays: Mapping[str, np.ndarray], path: str) -> PyTree:
+    named, structure = _named_leaves(template)
+    for name in [*named, *(name for name in arrays if name not in named)]:
+        saved = _kind(arrays[name]) if name in arrays else "missing"
+        wanted = _kind(named[name]) if name in named else "missing"
+        if not (name in arrays and name in named and _fits(arrays[name], named[name])):
+            raise UserError(
+                f"The checkpoint {path} is of another experiment: {name} is {saved} in it and "
+                f"{wanted} here. Run it with the configuration that wrote it, or start afresh in "
+                "another folder."
+            )
+    return structure.unflatten(_place(arrays[name], like) for name, like in named.items())
+
+
+def _signature(leaf: Any) -> tuple[np.dtype, tuple[int | None, ...]]:
+    leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+    return leaf.dtype, leaf.shape
+
+
+def _kind(leaf: Any) -> str:
+    dtype, shape = _signature(leaf)
+    return f"{dtype.name}[{','.join('*' if size is None else str(size) for size in shape)}]"
+
+
+def _fits(array: np.ndarray, like: Any) -> bool:
+    dtype, shape = _signature(like)
+    return (
+        array.dtype == dtype
+        and array.ndim == len(shape)
+        and all(want in (None, size) for want, size in zip(shape, array.shape, strict=True))
+    )
+
+
+def _place(array: np.ndarray, like: Any) -> Any:
+    match like:
+        case jax.Array() if not like.committed:
+            return jnp.asarray(array)
+        case jax.Array() | jax.ShapeDtypeStruct() if like.sharding is not None:
+            return jax.device_put(array, like.sharding)
+        case np.ndarray() | jax.ShapeDtypeStruct():
+            return array
+        case np.generic():
+            return array[()]
+        case _:
+            return array.item()

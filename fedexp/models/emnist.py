@@ -1,7 +1,8 @@
 """The models for EMNIST of the federated-learning literature.
 
-All map float images (B, 28, 28, 1) to logits (B, num_classes). Kernels start Glorot-uniform and
-biases at zero: Keras' defaults, so those of the experiments in TensorFlow Federated.
+All map float images (B, 28, 28, 1) to logits (B, num_classes). Kernels start LeCun-normal and biases
+at zero, as in Flax and in FedJAX. (Keras' Glorot-uniform start, TensorFlow Federated's, learns the
+real digits less steadily under FedAvg: after 100 rounds two points behind, or far off, seed by seed.)
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ import jax
 from flax import linen as nn
 
 from fedexp.models.layers import Conv, Dropout, max_pool_2x2
-
-_INIT = nn.initializers.glorot_uniform()
 
 
 @gin.configurable
@@ -30,13 +29,13 @@ class EmnistCNN(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Maps (B, 28, 28, 1) to (B, num_classes); `train` switches dropout on."""
-        x = nn.relu(Conv(32, (3, 3), padding="VALID", kernel_init=_INIT)(x))
-        x = nn.relu(Conv(64, (3, 3), padding="VALID", kernel_init=_INIT)(x))
+        x = nn.relu(Conv(32, (3, 3), padding="VALID")(x))
+        x = nn.relu(Conv(64, (3, 3), padding="VALID")(x))
         x = Dropout(0.25)(max_pool_2x2(x), deterministic=not train)
         x = x.reshape(x.shape[0], -1)
-        x = nn.relu(nn.Dense(128, kernel_init=_INIT)(x))
+        x = nn.relu(nn.Dense(128)(x))
         x = Dropout(0.5)(x, deterministic=not train)
-        return nn.Dense(self.num_classes, kernel_init=_INIT)(x)
+        return nn.Dense(self.num_classes)(x)
 
 
 @gin.configurable
@@ -56,8 +55,8 @@ class EmnistDense(nn.Module):
         """Maps (B, 28, 28, 1) to (B, num_classes)."""
         x = x.reshape(x.shape[0], -1)
         for _ in range(2):
-            x = nn.relu(nn.Dense(200, kernel_init=_INIT)(x))
-        return nn.Dense(self.num_classes, kernel_init=_INIT)(x)
+            x = nn.relu(nn.Dense(200)(x))
+        return nn.Dense(self.num_classes)(x)
 
 
 @gin.configurable
@@ -73,4 +72,4 @@ class EmnistLogistic(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (B, 28, 28, 1) to (B, num_classes)."""
-        return nn.Dense(self.num_classes, kernel_init=_INIT)(x.reshape(x.shape[0], -1))
+        return nn.Dense(self.num_classes)(x.reshape(x.shape[0], -1))

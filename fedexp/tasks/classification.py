@@ -102,8 +102,15 @@ def classification(
         num_classes=num_classes,
         class_names=None if class_names is None else tuple(class_names),
         predict=lambda logits, batch: (batch["y"], logits.argmax(-1)),
+        images=_images,
         check=lambda dataset: _check_dataset(dataset, num_classes),
     )
+
+
+def _images(batch: Features) -> np.ndarray | None:
+    x = np.asarray(batch["x"])
+    x = x[..., None] if x.ndim == 3 else x
+    return x if x.dtype == np.uint8 and x.ndim == 4 and x.shape[-1] in (1, 3, 4) else None
 
 
 def _check_model(

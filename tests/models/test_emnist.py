@@ -64,13 +64,14 @@ def test_cnn_dropout_follows_train_and_key():
 
 
 @pytest.mark.parametrize("model", [EmnistCNN, EmnistDense, EmnistLogistic])
-def test_initial_kernels_are_glorot_uniform_and_biases_zero(model):
+def test_initial_kernels_are_lecun_normal_and_biases_zero(model):
     params = model().init(jax.random.key(2), X)["params"]
     for layer in params.values():
         kernel = np.asarray(layer["kernel"])
-        *field, fan_in, fan_out = kernel.shape
-        limit = np.sqrt(6 / (np.prod(field) * (fan_in + fan_out)))
-        assert 0.97 * limit < np.abs(kernel).max() <= limit
+        fan_in = np.prod(kernel.shape[:-1])
+        assert kernel.std() == pytest.approx(np.sqrt(1 / fan_in), rel=0.1)
+        # A normal cut at two standard deviations has 0.8796 of the spread it was cut from.
+        assert np.abs(kernel).max() <= 2 / 0.8796 * np.sqrt(1 / fan_in)
         assert not np.any(layer["bias"])
 
 

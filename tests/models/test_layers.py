@@ -27,7 +27,7 @@ CASES = [
 
 
 def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 @pytest.mark.parametrize("shape, features, kernel, strides, padding", CASES)
@@ -35,9 +35,9 @@ def test_conv_is_nn_conv(shape, features, kernel, strides, padding):
     ours = Conv(features, kernel, strides, padding)
     theirs = nn.Conv(features, kernel, strides, padding)
     x = normal(0, 3, *shape)
-    variables = theirs.init(jax.random.key(1), x)
-    jax.tree.map(np.testing.assert_array_equal, ours.init(jax.random.key(1), x), variables)
-    variables = jax.tree.map(lambda p: p + normal(2, *p.shape), variables)
+    shapes = jax.eval_shape(theirs.init, jax.random.key(1), x)
+    assert jax.eval_shape(ours.init, jax.random.key(1), x) == shapes
+    variables = jax.tree.map(lambda p: normal(2, *p.shape), shapes)
 
     @functools.partial(jax.jit, static_argnums=0)
     def outcome(module):
@@ -46,6 +46,12 @@ def test_conv_is_nn_conv(shape, features, kernel, strides, padding):
 
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)  # noqa: E731
     jax.tree.map(close, outcome(ours), outcome(theirs))
+
+
+def test_conv_starts_as_nn_conv():
+    x, key = normal(0, 1, 6, 6, 8), jax.random.key(1)
+    ours, theirs = Conv(4, (3, 3)).init(key, x), nn.Conv(4, (3, 3)).init(key, x)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 def test_conv_without_bias_and_in_bfloat16():

@@ -176,7 +176,7 @@ def test_a_metric_must_not_hide_the_loss():
 
 def test_images_are_those_with_grey_levels_or_colours():
     task = classification(nn.Dense(3), num_classes=3)
-    np.testing.assert_array_equal(task.images(IMAGES), IMAGES["x"])
+    np.testing.assert_array_equal(task.images(IMAGES), IMAGES["x"][..., None])
     assert task.images({"x": np.zeros((2, 8, 8, 3), np.uint8)}).shape == (2, 8, 8, 3)
     assert task.images({"x": np.zeros((2, 8, 8, 5), np.uint8)}) is None
     assert task.images(VECTORS) is None

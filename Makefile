@@ -1,0 +1,30 @@
+# Two commands do the main jobs, each with all its own set-up: make quickstart, make test.
+VENV ?= .venv
+PYTHON ?= python3
+WORKDIR ?= runs/quickstart
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test lint clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/python -m fedexp.main --gin_file=quickstart.gin --workdir=$(WORKDIR)
+
+test: $(VENV)/.tested
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/.tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(VENV)/.installed: setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedexp needs Python 3.11 or newer; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.tested: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,189 @@
+"""Gin: loading experiment files, telling typos, and comparing a workdir's config with the one at hand."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util  # noqa: F401  Gin 0.5 uses it without importing it.
+import inspect
+import logging
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import gin
+from gin import config as gin_config
+
+import fedexp
+from fedexp.errors import UserError
+
+# Bindings that say how to start a run, not what the run is.
+_NOT_PART_OF_THE_EXPERIMENT = ("workdir.allow_config_change",)
+
+
+def load(files: Sequence[str], bindings: Sequence[str]) -> None:
+    """Parses gin files and then `--gin_param` bindings, which win.
+
+    A file is looked for relative to the current folder first, then among the configs fedexp ships.
+
+    Raises:
+      UserError: a missing file, a syntax error or a name nobody knows, with the nearest known one.
+    """
+    gin.add_config_file_search_path(str(shipped_configs()))
+    # Gin logs an error for every folder it looks into in vain, also when it finds the file later.
+    logging.getLogger().addFilter(lambda record: not record.msg.startswith("Path not found"))
+    try:
+        gin.parse_config_files_and_bindings(list(files), list(bindings))
+    except OSError as error:
+        raise UserError(
+            f"gin: {_one_line(error)} Neither a path from {Path.cwd()} nor one of those that fedexp ships: "
+            f"{shipped_names()}"
+        ) from error
+    except (ValueError, SyntaxError, ImportError, AttributeError, RuntimeError) as error:
+        raise UserError(f"gin: {_one_line(error)}{_suggestion(str(error))}") from error
+    _check_scopes()
+
+
+def shipped_configs() -> Path:
+    """The folder of gin files that comes with fedexp: in the package, or beside it in a checkout."""
+    package = Path(fedexp.__file__).parent
+    inside = package / "gin_configs"
+    return inside if inside.is_dir() else package.parent / "gin_configs"
+
+
+def shipped_names() -> str:
+    """The names of the gin files that come with fedexp."""
+    return ", ".join(sorted(path.name for path in shipped_configs().glob("*.gin")))
+
+
+def bindings() -> dict[str, str]:
+    """All bindings in force, {'scope/name.parameter': value as gin writes it}."""
+    return _flat(gin_config._CONFIG)
+
+
+@gin.configurable("workdir", denylist=["path"])
+def claim(path: str | os.PathLike, allow_config_change: bool = False) -> None:
+    """Makes `path` this experiment's folder, or refuses to mix two experiments in one.
+
+    Args:
+      path: created if missing; keeps the bindings in `config.gin`.
+      allow_config_change: go on in the folder of a different experiment, from its checkpoints.
+
+    Raises:
+      UserError: an unwritable folder, or one whose experiment has other bindings, which are listed.
+    """
+    record = Path(path) / "config.gin"
+    try:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        changed = differences(record.read_text()) if record.exists() else []
+        if changed and not allow_config_change:
+            raise UserError(
+                f"{path} holds a run of another config:\n  "
+                + "\n  ".join(changed)
+                + "\nChoose another --workdir, or go on in this one with "
+                "--gin_param=workdir.allow_config_change=True"
+            )
+        partial = record.with_suffix(".partial")
+        partial.write_text(as_text())
+        os.replace(partial, record)
+    except OSError as error:
+        raise UserError(f"cannot write to --workdir={path}: {error.strerror}") from error
+
+
+def check_used(overrides: Iterable[str]) -> None:
+    """Refuses overrides that nothing has read, once everything that reads them is built.
+
+    Raises:
+      UserError: an override of something the experiment does not use.
+    """
+    used = _flat(gin_config._OPERATIVE_CONFIG)
+    for override in overrides:
+        name = override.split("=", 1)[0].strip()
+        if "." not in name:
+            continue
+        scope, _, selector = name.rpartition("/")
+        selector, _, parameter = selector.rpartition(".")
+        full = gin_config._REGISTRY.get_match(selector).selector
+        key = _key(scope, full, parameter)
+        if not any(known == key or known.endswith("/" + key) for known in used):
+            near = _near(key, used)
+            raise UserError(
+                f"--gin_param={override} has no effect: this experiment never uses it.{near}"
+            )
+
+
+def differences(recorded: str) -> list[str]:
+    """Compares a recorded `as_text()` with the bindings in force, one line per differing binding."""
+    before = dict(line.split(" = ", 1) for line in recorded.splitlines() if " = " in line)
+    after = {name: value for name, value in bindings().items() if _is_experiment(name)}
+    return [
+        f"{name}: {before.get(name, '(unset)')} -> {after.get(name, '(unset)')}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+
+
+def as_text() -> str:
+    """The bindings in force as sorted lines of a gin file."""
+    lines = (f"{name} = {value}\n" for name, value in sorted(bindings().items()))
+    return "".join(line for line in lines if _is_experiment(line))
+
+
+def _is_experiment(name: str) -> bool:
+    return not name.startswith(_NOT_PART_OF_THE_EXPERIMENT)
+
+
+def _flat(config) -> dict[str, str]:
+    return {
+        _key(scope, selector, parameter): " ".join(repr(value).split())
+        for (scope, selector), parameters in config.items()
+        for parameter, value in parameters.items()
+    }
+
+
+def _key(scope: str, selector: str, parameter: str) -> str:
+    if selector == "gin.macro":
+        return scope
+    name = gin_config._REGISTRY.minimal_selector(selector)
+    return f"{scope}/{name}.{parameter}" if scope else f"{name}.{parameter}"
+
+
+def _check_scopes() -> None:
+    """A binding whose scope no reference enters would be ignored silently."""
+    entered = {
+        scope
+        for reference in gin_config.iterate_references(gin_config._CONFIG)
+        for scope in reference.scoped_selector.split("/")[:-1]
+    }
+    for scope, selector in gin_config._CONFIG:
+        for part in scope.split("/"):
+            if part and selector != "gin.macro" and part not in entered:
+                name = gin_config._REGISTRY.minimal_selector(selector)
+                raise UserError(
+                    f"gin: nothing uses the scope of {scope}/{name}.{_near(part, entered)}"
+                )
+
+
+def _suggestion(message: str) -> str:
+    """Names the nearest configurable, parameter or macro to the one gin could not find."""
+    if found := re.search(r"No configurable matching (?:reference )?'@?([\w./]+)", message):
+        names = [selector.split(".")[-1] for selector, _ in gin_config._REGISTRY.items()]
+        return _near(found[1].split("/")[-1].split(".")[-1], names)
+    if found := re.search(
+        r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", message
+    ):
+        configurable = gin_config._REGISTRY.get_match(found[1])
+        return _near(found[2], inspect.signature(configurable.wrapped).parameters)
+    if found := re.search(r"No bindings specified for '([\w/]+)/gin.macro'", message):
+        macros = [scope for scope, selector in gin_config._CONFIG if selector == "gin.macro"]
+        return _near(found[1], macros)
+    return ""
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,69 @@
+"""Runs the experiment that a Gin file describes.
+
+python -m fedexp.main --gin_file=emnist_fedadam.gin --workdir=runs/fedadam --gin_param=train.seed=1
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags, logging
+
+_GIN_FILES = flags.DEFINE_multi_string(
+    "gin_file", [], "Gin file of the experiment: a path, or the name of one that fedexp ships."
+)
+_GIN_PARAMS = flags.DEFINE_multi_string(
+    "gin_param", [], "Gin binding that overrides the files, such as train.seed=1."
+)
+flags.DEFINE_alias("gin_bindings", "gin_param")
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Folder of the run's results, checkpoints and summaries; none are kept without.",
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Builds the experiment, trains it, and prints its evaluations."""
+    if len(argv) > 1:
+        raise app.UsageError(
+            f"unexpected argument {argv[1]!r}; bindings are given as --gin_param=..."
+        )
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Gin and JAX have much to say at INFO.
+    # Imported here, so that --help and a mistyped flag answer at once.
+    from fedexp import config
+    from fedexp.errors import UserError
+
+    try:
+        if not _GIN_FILES.value and not _GIN_PARAMS.value:
+            raise UserError(f"--gin_file is missing; fedexp ships {config.shipped_names()}")
+        from fedexp import progress, trainer
+
+        config.load(_GIN_FILES.value, _GIN_PARAMS.value)
+        if _WORKDIR.value:
+            config.claim(_WORKDIR.value)
+        result = trainer.train(workdir=_WORKDIR.value, overrides=_GIN_PARAMS.value)
+    except UserError as error:
+        print(f"error: {_without_gin_frames(str(error))}", file=sys.stderr)
+        return 2
+    progress.print_table(result.history)
+    if _WORKDIR.value:
+        print(f"tensorboard --logdir {_WORKDIR.value}")
+    return 0 if result.stopped_by is None else 128 + result.stopped_by
+
+
+def _without_gin_frames(message: str) -> str:
+    """Takes off the lines in which Gin says what it was calling."""
+    lines = message.splitlines()
+    return "\n".join(line for line in lines if not line.startswith("  In call to configurable"))
+
+
+def run() -> None:
+    """The `fedexp` command."""
+    app.run(main)
+
+
+if __name__ == "__main__":
+    run()

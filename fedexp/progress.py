@@ -1,0 +1,83 @@
+"""What a run says while it goes: a progress bar in a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Reporter:
+    """Reports rounds and evaluations on stderr, so that stdout holds nothing but results.
+
+    Args:
+      num_rounds: of the whole run.
+      quiet: report nothing.
+    """
+
+    def __init__(self, num_rounds: int, *, quiet: bool = False):
+        self._num_rounds = num_rounds
+        self._console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        self._bar = None
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=self._console,
+            )
+            self._task = self._bar.add_task("rounds", total=num_rounds, note="")
+
+    def __enter__(self) -> Reporter:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def say(self, message: str) -> None:
+        """Prints one line, above the bar if there is one."""
+        self._console.print(message, markup=False)
+
+    def round(self, done: int, metrics: Mapping[str, float]) -> None:
+        """Moves the bar; `done` counts finished rounds."""
+        if self._bar:
+            self._bar.update(self._task, completed=done, note=describe(metrics))
+
+    def evaluation(self, done: int, metrics: Mapping[str, float]) -> None:
+        """Prints an evaluation's line."""
+        self.say(f"round {done}/{self._num_rounds}  {describe(metrics)}")
+
+
+def describe(metrics: Mapping[str, float]) -> str:
+    """'test/accuracy 0.912  test/loss 0.301'."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+
+
+def print_table(history: list[dict[str, float]]) -> None:
+    """Prints a run's evaluations as a table on stdout, thinned to about a dozen rows."""
+    if not history:
+        return
+    names = list(dict.fromkeys(name for row in history for name in row))
+    table = Table(title="Evaluations")
+    for name in names:
+        table.add_column(name, justify="right")
+    stride = -(-len(history) // 12)
+    shown = history[::-1][::stride][::-1]
+    for row in shown:
+        table.add_row(*(_cell(row.get(name)) for name in names))
+    console = Console(file=sys.stdout, highlight=False)
+    console.print(table)
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, int) else f"{value:.4f}"

@@ -1,0 +1,41 @@
+"""Installs fedexp, with the gin configs it ships inside the package."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="fedexp",
+    version="0.1.0",
+    description="A Gin-configured experiment framework for federated-learning research in JAX",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["fedexp", "fedexp.*"]), "fedexp.gin_configs"],
+    package_dir={"fedexp.gin_configs": "gin_configs"},
+    package_data={"fedexp.gin_configs": ["*.gin", "*/*.gin"]},
+    install_requires=[
+        "absl-py",
+        "etils[epath]",
+        "filelock",
+        "flax>=0.12",
+        "gin-config>=0.5",
+        "h5py",
+        "jax>=0.10",
+        "jaxlib>=0.10",
+        "matplotlib",
+        "numpy",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11",
+        "pillow",
+        "rich",
+        "tensorboard",
+        "tensorflow",
+    ],
+    extras_require={
+        "test": ["hypothesis", "pytest", "pytest-xdist"],
+        "dev": ["hypothesis", "pytest", "pytest-xdist", "ruff"],
+    },
+    entry_points={"console_scripts": ["fedexp = fedexp.main:run"]},
+)

@@ -1,0 +1,72 @@
+"""Evaluation against NumPy over the whole set at once."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from fedexp.data import FederatedDataset
+from fedexp.errors import UserError
+from fedexp.evaluation import EvaluationPlan, Evaluator
+from fedexp.tasks import classification
+from tests.support import linear
+
+NUM_CLASSES = 4
+
+
+def classes_by_client(sizes=(5, 1, 12, 3)) -> FederatedDataset:
+    rng = np.random.default_rng(0)
+    return FederatedDataset.from_clients(
+        {
+            f"c{i}": {
+                "x": rng.normal(size=(size, 6)).astype(np.float32),
+                "y": rng.integers(0, NUM_CLASSES, size).astype(np.int32),
+            }
+            for i, size in enumerate(sizes)
+        }
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 21, 500])
+def test_metrics_per_client_and_confusion_equal_numpy(batch_size):
+    dataset = classes_by_client()
+    task = classification(nn.Dense(NUM_CLASSES), num_classes=NUM_CLASSES)
+    params = task.init(jax.random.key(1), dataset.slice(0, 1))
+    result = Evaluator(task, dataset, batch_size)(params)
+
+    x, y = dataset.features["x"].astype(float), dataset.features["y"]
+    logits = x @ np.asarray(params["kernel"], float) + np.asarray(params["bias"], float)
+    loss = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(y)), y]
+    correct = logits.argmax(axis=1) == y
+    assert result.metrics["loss"] == pytest.approx(loss.mean(), rel=1e-5)
+    assert result.metrics["accuracy"] == pytest.approx(correct.mean(), rel=1e-6)
+    for i in range(dataset.num_clients):
+        own = slice(dataset.offsets[i], dataset.offsets[i + 1])
+        assert result.per_client["accuracy"][i] == pytest.approx(correct[own].mean(), rel=1e-6)
+        assert result.per_client["loss"][i] == pytest.approx(loss[own].mean(), rel=1e-5)
+    confusion = np.zeros((NUM_CLASSES, NUM_CLASSES), int)
+    np.add.at(confusion, (y, logits.argmax(axis=1)), 1)
+    np.testing.assert_array_equal(result.confusion, confusion)
+
+
+def test_tasks_without_classes_have_no_confusion():
+    task = linear.task()
+    params = task.init(jax.random.key(0), None)
+    assert Evaluator(task, linear.dataset())(params).confusion is None
+
+
+def test_a_sample_of_clients_is_the_same_every_time():
+    dataset = linear.dataset()
+    plan = EvaluationPlan(clients=3)
+    first, second = plan.sample(dataset, seed=4), plan.sample(dataset, seed=4)
+    assert first.num_clients == 3
+    np.testing.assert_array_equal(first.client_ids, second.client_ids)
+    assert EvaluationPlan(clients=99).sample(dataset, seed=4) is dataset
+
+
+@pytest.mark.parametrize("field", [{"every": -1}, {"batch_size": 0}, {"clients": 0}])
+def test_plans_out_of_range_are_refused(field):
+    with pytest.raises(UserError, match=next(iter(field))):
+        EvaluationPlan(**field)

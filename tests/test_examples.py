@@ -1,0 +1,49 @@
+"""The examples of the README, run as a reader would run them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parent.parent
+EXAMPLES = REPOSITORY / "docs" / "examples"
+
+
+def run(*command: str) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=EXAMPLES,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_plain_python():
+    accuracy = float(run("plain_python.py").stdout.split("test accuracy ")[1].strip().rstrip("%"))
+    assert 80 < accuracy < 95, (
+        "three overlapping classes: chance is 33 %, the Bayes rate is below 95 %"
+    )
+
+
+def test_an_experiment_of_ones_own_is_bound_from_a_gin_file_outside_fedexp(tmp_path):
+    run(
+        "-m",
+        "fedexp.main",
+        "--gin_file=my_experiment.gin",
+        "--gin_param=train.num_rounds = 50",
+        f"--workdir={tmp_path}",
+    )
+    operative = (tmp_path / "operative_config.gin").read_text()
+    assert "import my_experiment" in operative
+    assert "RingNet.width = 64" in operative
+    assert '"test/accuracy": 0.9' in (tmp_path / "final.json").read_text()
+
+
+def test_the_readme_shows_the_examples_as_they_are():
+    readme = (REPOSITORY / "README.md").read_text()
+    assert (EXAMPLES / "plain_python.py").read_text() in readme

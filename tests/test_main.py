@@ -1,0 +1,83 @@
+"""The command line, in processes of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+LINEAR = f"--gin_file={REPOSITORY}/tests/support/linear.gin"
+
+
+def fedexp(*arguments, cwd=REPOSITORY):
+    return subprocess.run(
+        [sys.executable, "-m", "fedexp.main", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+    )
+
+
+def refusal(*arguments) -> str:
+    """The one line on stderr of a run that must be refused."""
+    done = fedexp(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    return done.stderr.strip()
+
+
+def test_help_names_the_flags_and_imports_neither_jax_nor_gin():
+    done = fedexp("--help")
+    for flag in ("--gin_file", "--gin_param", "--workdir"):
+        assert flag in done.stdout
+    code = "import sys, fedexp.main; print({'jax', 'gin', 'tensorflow'} & set(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert loaded.stdout.strip() == "set()", loaded.stderr
+
+
+def test_without_a_gin_file_the_shipped_ones_are_listed():
+    assert "emnist_fedadam.gin" in refusal()
+
+
+def test_gin_bindings_is_an_alias_of_gin_param(tmp_path):
+    done = fedexp(LINEAR, "--gin_bindings=train.num_rounds = 2", f"--workdir={tmp_path}/run")
+    assert done.returncode == 0, done.stderr
+    assert "round 2/2" in done.stderr
+    assert f"tensorboard --logdir {tmp_path}/run" in done.stdout
+    assert "train.num_rounds = 2" in (tmp_path / "run" / "config.gin").read_text()
+
+
+def test_a_shipped_config_is_found_from_any_folder_and_its_data_is_missed_by_name(tmp_path):
+    done = fedexp(
+        "--gin_file=emnist_digits_fedadam.gin",
+        f"--gin_param=emnist.data_dir = '{tmp_path}/nowhere'",
+        cwd=REPOSITORY,
+    )
+    assert done.returncode == 2
+    assert "error: " in done.stderr
+    assert f"{tmp_path}/nowhere" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("param", "message"),
+    [
+        ("train.num_runds = 3", "Did you mean 'num_rounds'?"),
+        ("uniform.cohort_size = 8", "a cohort of 8 clients cannot be sampled from 7"),
+        ("client/sgd.learning_rate = -1.0", "client/sgd.learning_rate must not be negative"),
+        ("client/adam.learning_rate = 0.5", "has no effect"),
+    ],
+)
+def test_bad_bindings_are_refused_in_one_line(param, message):
+    line = refusal(LINEAR, f"--gin_param={param}")
+    assert line.startswith("error: ")
+    assert message in line
+    assert len(line.splitlines()) == 1
+
+
+def test_an_unwritable_workdir_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot write to --workdir" in refusal(LINEAR, f"--workdir={tmp_path}/file/run")

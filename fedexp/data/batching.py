@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import gin
 import numpy as np
@@ -15,40 +16,49 @@ from fedexp.errors import UserError
 class ClientBatching:
     """Local training's passes over a client's examples.
 
-    Either `local_epochs` passes, each cut into batches on its own (the last one is padded and masked),
-    or `local_steps` full batches drawn from as many reshuffled passes as they need.
+    Either `local_epochs` passes, or `local_steps` full batches from as many reshuffled passes as they
+    need.
 
     Attributes:
       batch_size: examples per local step.
       local_epochs: passes over the client's examples; ignored if local_steps is set.
       local_steps: batches per client, whatever its size.
       shuffle: reshuffle every pass.
-      drop_remainder: drop the last, incomplete batch of a pass; a client smaller than one batch keeps it.
+      remainder: what becomes of examples that do not fill a batch. 'mask': each pass ends with a
+        padded batch, a step on these examples alone (as in TensorFlow Federated); 'drop': a pass ends
+        before them, but a client smaller than one batch keeps it; 'fill': passes follow one another
+        without a seam, and the last batch is filled up from one pass more (as in FedJAX).
 
     Raises:
-      UserError: a value below 1.
+      UserError: a number below 1, or an unknown remainder.
     """
 
     batch_size: int = 20
     local_epochs: int = 1
     local_steps: int | None = None
     shuffle: bool = True
-    drop_remainder: bool = False
+    remainder: Literal["mask", "drop", "fill"] = "mask"
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "local_epochs", "local_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"ClientBatching.{name} must be at least 1, got {value}")
+        if self.remainder not in ("mask", "drop", "fill"):
+            raise UserError(
+                f"ClientBatching.remainder must be 'mask', 'drop' or 'fill', got {self.remainder!r}"
+            )
 
     def num_steps(self, sizes: np.ndarray) -> np.ndarray:
         """Local steps of clients with the given numbers of examples, in the shape of `sizes`."""
         if self.local_steps is not None:
             return np.full_like(sizes, self.local_steps)
+        if self.remainder == "fill":
+            return -(-self.local_epochs * sizes // self.batch_size)
         return self.local_epochs * self._steps_per_epoch(sizes)
 
     def _steps_per_epoch(self, sizes: np.ndarray) -> np.ndarray:
-        if self.drop_remainder:
+        if self.remainder == "drop":
             return np.maximum(sizes // self.batch_size, 1)
         return -(-sizes // self.batch_size)
 
@@ -58,8 +68,8 @@ class ClientBatching:
         Returns:
           (num_steps, batch_size) int64 positions in [0, size); -1 pads incomplete batches.
         """
-        if self.local_steps is not None:
-            positions = self.local_steps * self.batch_size
+        if self.local_steps is not None or self.remainder == "fill":
+            positions = int(self.num_steps(np.int64(size))) * self.batch_size
             passes = [self._one_pass(size, rng) for _ in range(-(-positions // size))]
             return np.concatenate(passes)[:positions].reshape(-1, self.batch_size)
         length = int(self._steps_per_epoch(np.int64(size))) * self.batch_size

@@ -1,8 +1,8 @@
 """The models for EMNIST of the federated-learning literature.
 
 All map float images (B, 28, 28, 1) to logits (B, num_classes). Kernels start LeCun-normal and biases
-at zero, as in Flax and in FedJAX. (Keras' Glorot-uniform start, TensorFlow Federated's, learns the
-real digits less steadily under FedAvg: after 100 rounds two points behind, or far off, seed by seed.)
+at zero, as in Flax and in FedJAX. (Keras' Glorot-uniform start, TensorFlow Federated's, learns
+real digits less steadily under FedAvg with masked remainders: two points behind after 100 rounds.)
 """
 
 from __future__ import annotations

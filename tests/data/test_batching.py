@@ -33,7 +33,7 @@ def test_every_epoch_visits_every_example_once(size, batch_size, epochs, shuffle
 
 @given(sizes, batch_sizes, st.integers(1, 3))
 def test_dropping_the_remainder_leaves_full_batches(size, batch_size, epochs):
-    batching = ClientBatching(batch_size, local_epochs=epochs, drop_remainder=True)
+    batching = ClientBatching(batch_size, local_epochs=epochs, remainder="drop")
     batches = draw(batching, size)
     assert batching.num_steps(np.array([size])) == [len(batches)]
     if size >= batch_size:
@@ -52,6 +52,21 @@ def test_local_steps_are_full_batches_of_whole_passes(size, batch_size, steps):
     assert batching.num_steps(np.array([size])) == [steps]
     visits = np.bincount(batches.ravel(), minlength=size)
     assert visits.max() - visits.min() <= 1
+
+
+@given(sizes, batch_sizes, st.integers(1, 3))
+def test_filling_the_last_batch_visits_no_example_twice_more_than_another(size, batch_size, epochs):
+    batching = ClientBatching(batch_size, local_epochs=epochs, remainder="fill")
+    batches = draw(batching, size)
+    assert len(batches) == -(-epochs * size // batch_size)
+    assert batching.num_steps(np.array([size])) == [len(batches)]
+    visits = np.bincount(batches.ravel(), minlength=size)
+    assert epochs <= visits.min() and visits.max() - visits.min() <= 1
+
+
+def test_an_unknown_remainder_is_refused():
+    with pytest.raises(UserError, match="'mask', 'drop' or 'fill', got 'keep'"):
+        ClientBatching(remainder="keep")
 
 
 def test_shuffling_differs_between_epochs():

@@ -26,7 +26,7 @@ class EvaluationPlan:
     Attributes:
       every: rounds between evaluations; 0 evaluates at the end only.
       clients: test clients sampled once for the evaluations on the way; all of them if None.
-      batch_size: examples a device holds at once.
+      batch_size: examples a device holds at once; small batches stay in a CPU's cache.
 
     Raises:
       UserError: a number out of range.
@@ -34,7 +34,7 @@ class EvaluationPlan:
 
     every: int = 10
     clients: int | None = None
-    batch_size: int = 128
+    batch_size: int = 32
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.batch_size < 1 or (self.clients is not None and self.clients < 1):
@@ -70,7 +70,7 @@ class Evaluation(NamedTuple):
 class Evaluator:
     """Evaluates parameters on one data set, batch by batch; memory does not grow with the set."""
 
-    def __init__(self, task: Task, dataset: FederatedDataset, batch_size: int = 128):
+    def __init__(self, task: Task, dataset: FederatedDataset, batch_size: int = 32):
         self._task = task
         self._dataset = dataset
         self._batch_size = min(batch_size, dataset.num_examples)

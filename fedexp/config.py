@@ -61,13 +61,14 @@ def bindings() -> dict[str, str]:
     return _flat(gin_config._CONFIG)
 
 
-@gin.configurable("workdir", denylist=["path"])
-def claim(path: str | os.PathLike, allow_config_change: bool = False) -> None:
+@gin.configurable("workdir", denylist=["path", "write"])
+def claim(path: str | os.PathLike, allow_config_change: bool = False, write: bool = True) -> None:
     """Makes `path` this experiment's folder, or refuses to mix two experiments in one.
 
     Args:
       path: created if missing; keeps the bindings in `config.gin`.
       allow_config_change: go on in the folder of a different experiment, from its checkpoints.
+      write: False only compares; of several processes, one writes.
 
     Raises:
       UserError: an unwritable folder, or one whose experiment has other bindings, which are listed.
@@ -83,9 +84,10 @@ def claim(path: str | os.PathLike, allow_config_change: bool = False) -> None:
                 + "\nChoose another --workdir, or go on in this one with "
                 "--gin_param=workdir.allow_config_change=True"
             )
-        partial = record.with_suffix(".partial")
-        partial.write_text(as_text())
-        os.replace(partial, record)
+        if write:
+            partial = record.with_suffix(".partial")
+            partial.write_text(as_text())
+            os.replace(partial, record)
     except OSError as error:
         raise UserError(f"cannot write to --workdir={path}: {error.strerror}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import gin
@@ -12,7 +13,8 @@ import numpy as np
 
 from fedexp.data import Batch, FederatedDataset
 from fedexp.errors import UserError
-from fedexp.tasks import Task, confusion_counts, measures, segment_sums
+from fedexp.strategies.placement import Placement, one_device
+from fedexp.tasks import Measure, Task, confusion_counts, measures, segment_sums
 
 PyTree = Any
 _SAMPLE_STREAM = 3
@@ -68,38 +70,78 @@ class Evaluation(NamedTuple):
 
 
 class Evaluator:
-    """Evaluates parameters on one data set, batch by batch; memory does not grow with the set."""
+    """Evaluates parameters on one data set, batch by batch; memory does not grow with the set.
 
-    def __init__(self, task: Task, dataset: FederatedDataset, batch_size: int = 32):
+    The examples are spread over the devices of `placement`. With several processes, all make the same
+    calls, and each reads its own share.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        dataset: FederatedDataset,
+        batch_size: int = 32,
+        placement: Placement | None = None,
+    ):
         self._task = task
         self._dataset = dataset
-        self._batch_size = min(batch_size, dataset.num_examples)
-        self._step = jax.jit(self._body, donate_argnums=(1, 2))
+        self._placement = placement or one_device()
+        self._share = -(-dataset.num_examples // self._placement.num_devices)
+        self._batch_size = min(batch_size, self._share)
+        self._step = jax.jit(self._add_batch, donate_argnums=1)
+        self._total = jax.jit(self._sum_over_devices)
 
     def __call__(self, params: PyTree) -> Evaluation:
         """Evaluates `params` on every example."""
-        zeros = np.zeros(self._dataset.num_clients, np.float32)
-        sums = {name: (zeros, zeros) for name in ("loss", *self._task.metrics)}
-        classes = self._task.num_classes if self._task.predict else 0
-        confusion = np.zeros((classes, classes), np.int32)
-        for batch, client in self._dataset.batches(self._batch_size):
-            sums, confusion = self._step(params, sums, confusion, batch, client)
+        sums = self._placement.split(self._zeros())
+        for batch, client in self._batches():
+            sums = self._step(params, sums, self._placement.split((batch, client)))
+        per_client_sums, confusion = jax.device_get(self._total(sums))
         metrics, per_client = {}, {}
-        for name, (values, weights) in jax.device_get(sums).items():
+        for name, (values, weights) in per_client_sums.items():
             values, weights = values.astype(np.float64), weights.astype(np.float64)
             metrics[name] = float(values.sum() / max(weights.sum(), 1e-12))
             per_client[name] = np.divide(
                 values, weights, out=np.full_like(values, np.nan), where=weights > 0
             )
-        return Evaluation(metrics, per_client, np.asarray(confusion, np.int64) if classes else None)
+        has_classes = self._task.predict is not None
+        return Evaluation(metrics, per_client, confusion.astype(np.int64) if has_classes else None)
 
-    def _body(self, params, sums, confusion, batch: Batch, client):
-        outputs = self._task.apply(params, batch.examples, None)
-        new_sums = {}
-        for name, measure in measures(self._task, outputs, batch.examples).items():
-            added = segment_sums(measure, batch.mask, client, self._dataset.num_clients)
-            new_sums[name] = jax.tree.map(jnp.add, sums[name], tuple(added))
-        if self._task.predict:
-            labels, predictions = self._task.predict(outputs, batch.examples)
-            confusion += confusion_counts(labels, predictions, batch.mask, confusion.shape[0])
-        return new_sums, confusion
+    def _zeros(self) -> PyTree:
+        """Sums of each of this process's devices: per metric and client, and the confusion."""
+        devices = len(self._placement.local)
+        per_client = np.zeros((devices, self._dataset.num_clients), np.float32)
+        classes = self._task.num_classes if self._task.predict else 0
+        confusion = np.zeros((devices, classes, classes), np.int32)
+        names = ("loss", *self._task.metrics)
+        return {name: Measure(per_client, per_client) for name in names}, confusion
+
+    def _batches(self) -> Iterator[tuple[Batch, np.ndarray]]:
+        """Yields (batch, client of each example), arrays (local devices, batch size, ...)."""
+        last = self._dataset.num_examples - 1
+        first = self._placement.local[:, None] * self._share
+        for begin in range(0, self._share, self._batch_size):
+            row = begin + np.arange(self._batch_size)
+            rows = first + row
+            mask = (row < self._share) & (rows <= last)
+            rows = np.minimum(rows, last)
+            yield Batch(self._dataset.gather(rows), mask), self._dataset.client_of_example[rows]
+
+    def _add_batch(self, params: PyTree, sums: PyTree, batch: PyTree) -> PyTree:
+        def on_device(params, part):
+            (per_client, confusion), (batch, client) = part
+            outputs = self._task.apply(params, batch.examples, None)
+            added = {
+                name: segment_sums(measure, batch.mask, client, self._dataset.num_clients)
+                for name, measure in measures(self._task, outputs, batch.examples).items()
+            }
+            if self._task.predict:
+                labels, predictions = self._task.predict(outputs, batch.examples)
+                confusion += confusion_counts(labels, predictions, batch.mask, len(confusion))
+            return (), (jax.tree.map(jnp.add, per_client, added), confusion)
+
+        _, sums = self._placement.run(self._placement, on_device, params, (sums, batch))
+        return sums
+
+    def _sum_over_devices(self, sums: PyTree) -> PyTree:
+        return self._placement.keep_replicated(jax.tree.map(lambda leaf: leaf.sum(axis=0), sums))

@@ -5,10 +5,10 @@ python -m fedexp.main --gin_file=emnist_fedadam.gin --workdir=runs/fedadam --gin
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Sequence
 
-from absl import app, flags, logging
+from absl import app, flags
 
 _GIN_FILES = flags.DEFINE_multi_string(
     "gin_file", [], "Gin file of the experiment: a path, or the name of one that fedexp ships."
@@ -30,27 +30,27 @@ def main(argv: Sequence[str]) -> int:
         raise app.UsageError(
             f"unexpected argument {argv[1]!r}; bindings are given as --gin_param=..."
         )
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Gin and JAX have much to say at INFO.
+    # Gin and JAX have much to say at INFO; what fedexp says goes through absl's own logger.
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("absl").setLevel(logging.INFO)
     # Imported here, so that --help and a mistyped flag answer at once.
-    from fedexp import config
+    from fedexp import config, progress, runtime, trainer
     from fedexp.errors import UserError
 
     try:
         if not _GIN_FILES.value and not _GIN_PARAMS.value:
             raise UserError(f"--gin_file is missing; fedexp ships {config.shipped_names()}")
-        from fedexp import progress, trainer
-
         config.load(_GIN_FILES.value, _GIN_PARAMS.value)
+        runtime.start()
         if _WORKDIR.value:
-            config.claim(_WORKDIR.value)
+            config.claim(_WORKDIR.value, write=runtime.is_first())
         result = trainer.train(workdir=_WORKDIR.value, overrides=_GIN_PARAMS.value)
     except UserError as error:
-        print(f"error: {_without_gin_frames(str(error))}", file=sys.stderr)
-        return 2
-    progress.print_table(result.history)
-    if _WORKDIR.value:
-        print(f"tensorboard --logdir {_WORKDIR.value}")
+        runtime.leave(f"error: {_without_gin_frames(str(error))}", code=2)
+    if runtime.is_first():
+        progress.print_table(result.history)
+        if _WORKDIR.value:
+            print(f"tensorboard --logdir {_WORKDIR.value}")
     return 0 if result.stopped_by is None else 128 + result.stopped_by
 
 

@@ -17,17 +17,17 @@ from typing import Any, NamedTuple
 
 import gin
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
-from fedexp import config, models  # noqa: F401  Models register with Gin.
+from fedexp import config, models, runtime  # noqa: F401  Models register with Gin.
 from fedexp.algorithms.base import Algorithm
 from fedexp.checkpointing import Checkpointer
 from fedexp.data import ClientBatching, FederatedSplits, Sampler, uniform
 from fedexp.errors import UserError
 from fedexp.evaluation import Evaluation, EvaluationPlan, Evaluator
 from fedexp.progress import Reporter
-from fedexp.strategies import PreparedRound, Runner, jit
+from fedexp.strategies import PreparedRound, Runner, Strategy, auto
 from fedexp.summaries import Writer, confusion_image, image_grid
 from fedexp.tasks import Task
 
@@ -95,7 +95,7 @@ def train(
     num_rounds: int = 100,
     sampler: Sampler | None = None,
     batching: ClientBatching | None = None,
-    strategy: Callable[..., Runner] | None = None,
+    strategy: Strategy | None = None,
     evaluation: EvaluationPlan | None = None,
     checkpoints: CheckpointPlan | None = None,
     seed: int = 0,
@@ -116,7 +116,7 @@ def train(
       num_rounds: rounds in total, those before a resume included.
       sampler: draws each round's cohort; 10 clients uniformly if None.
       batching: the clients' local batches.
-      strategy: where cohorts run; `jit()` if None.
+      strategy: where cohorts run; `auto()` if None.
       evaluation: when to evaluate, and on what.
       checkpoints: when to save, and what to keep.
       seed: of the initial parameters, cohorts, batches and dropout.
@@ -141,7 +141,8 @@ def train(
 
     sampler.sample(dataset.train.client_ids, seed, 0)
     params = task.init(jax.random.key(seed), dataset.train.slice(0, 1))
-    runner = (strategy or jit())(
+    runner = Runner(
+        strategy or auto(),
         algorithm,
         dataset.train,
         batching,
@@ -149,20 +150,18 @@ def train(
         cohort_size=math.ceil(sampler.cohort_size),
         seed=seed,
     )
-    evaluate_fully = Evaluator(task, dataset.test, evaluation.batch_size)
+    state = runner.start(params)
+    evaluate_fully = Evaluator(task, dataset.test, evaluation.batch_size, runner.placement)
     sampled = evaluation.sample(dataset.test, seed)
     evaluate = evaluate_fully
     if sampled is not dataset.test:
-        evaluate = Evaluator(task, sampled, evaluation.batch_size)
-    # A restored state has no weak types, so neither may a first one: they compile differently.
-    state = jax.tree.map(
-        lambda leaf: jnp.asarray(leaf, jnp.asarray(leaf).dtype), algorithm.init(params)
-    )
+        evaluate = Evaluator(task, sampled, evaluation.batch_size, runner.placement)
     done, history, best, stopped_by = 0, [], None, None
     config.check_used(overrides)
 
     with contextlib.ExitStack() as stack:
-        reporter = stack.enter_context(Reporter(num_rounds, quiet=quiet))
+        reporter = Reporter(num_rounds, quiet=quiet or not runtime.is_first())
+        stack.enter_context(reporter)
         saver = _Saver(workdir, checkpoints, runner)
         stack.callback(saver.close)
         if saver.latest() is not None:
@@ -171,6 +170,7 @@ def train(
         log = stack.enter_context(_Log(workdir, reporter, runner, resume_at=done + 1))
         log.describe(task, dataset, params)
         stop = stack.enter_context(_stop_signals(reporter))
+        stack.enter_context(runtime.leaving_a_broken_group())
         for prepared, waited in _one_ahead(prepare, range(done, num_rounds)):
             if len(prepared.clients):  # A Poisson cohort may be empty; its round changes nothing.
                 output = runner.run(state, prepared)
@@ -187,7 +187,7 @@ def train(
                 if checkpoints.improves(history[-1], best):
                     best = history[-1][checkpoints.best_metric]
                     save = True
-            stopped_by = stop()
+            stopped_by = _agreed(stop())
             if save or stopped_by:
                 log.settle()
                 saver.save(done, state, history, best)
@@ -195,7 +195,7 @@ def train(
                 reporter.say(f"stopped after round {done}; the same command goes on from there")
                 break
         saver.wait()
-        if stopped_by is None and workdir is not None and log.has_news():
+        if stopped_by is None and workdir is not None and log.has_news() and runtime.is_first():
             final = {"rounds": done, "metrics": history[-1], "history": history, "perf": log.perf()}
             _write(Path(workdir) / "final.json", json.dumps(final, indent=2) + "\n")
     metrics = history[-1] if history else {}
@@ -258,7 +258,9 @@ class _Log:
         runner: Runner,
         resume_at: int,
     ):
-        self._writer = workdir and Writer(workdir, resume_at=resume_at)
+        self._writer = None
+        if workdir is not None and runtime.is_first():
+            self._writer = Writer(workdir, resume_at=resume_at)
         self._workdir = workdir
         self._reporter = reporter
         self._runner = runner
@@ -313,8 +315,8 @@ class _Log:
         values = {name: np.asarray(value) for name, value in jax.device_get(dict(metrics)).items()}
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        done, size = prepared.round + 1, len(prepared.clients)
-        values = {name: value[:size] if value.ndim else value for name, value in values.items()}
+        done, slots = prepared.round + 1, prepared.slots
+        values = {name: value[slots] if value.ndim else value for name, value in values.items()}
         _check_finite(done, values, self._workdir)
         self._last_metrics = values
         self._round_seconds.append(seconds)
@@ -442,6 +444,13 @@ def _stop_signals(reporter: Reporter) -> Iterator[Callable[[], int | None]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _agreed(number: int | None) -> int | None:
+    """A signal that any process has received; all processes stop after the same round."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.process_allgather(np.int32(number or 0)).max()) or None
 
 
 def _write(path: Path, text: str) -> None:

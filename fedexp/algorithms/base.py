@@ -44,14 +44,12 @@ class Cohort:
       size: () int32, sampled clients; `clients` may be padded beyond it.
       population: clients in the data set.
       clients: the clients, C slots.
-      work: what the strategy needs to run them; algorithms do not look inside.
     """
 
     round: jax.Array
     key: jax.Array
     size: jax.Array
     clients: Clients
-    work: PyTree
     population: int = dataclasses.field(metadata={"static": True})
 
 

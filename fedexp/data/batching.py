@@ -57,6 +57,15 @@ class ClientBatching:
             return -(-self.local_epochs * sizes // self.batch_size)
         return self.local_epochs * self._steps_per_epoch(sizes)
 
+    def num_examples(self, sizes: np.ndarray) -> np.ndarray:
+        """Examples that those clients train on, repetitions counted, in the shape of `sizes`."""
+        if self.local_steps is None and self.remainder == "mask":
+            return self.local_epochs * sizes
+        full = self.num_steps(sizes) * self.batch_size
+        if self.local_steps is None and self.remainder == "drop":
+            return np.minimum(full, self.local_epochs * sizes)
+        return full
+
     def _steps_per_epoch(self, sizes: np.ndarray) -> np.ndarray:
         if self.remainder == "drop":
             return np.maximum(sizes // self.batch_size, 1)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 PyTree = Any
 
@@ -22,22 +23,42 @@ class ClientStates:
         self._first = [np.asarray(leaf) for leaf in leaves]
         self._rows: dict[int, list[np.ndarray]] = {}
 
-    def gather(self, clients: np.ndarray, slots: int) -> PyTree:
-        """States of the given clients, pytree of (slots, ...); padded slots hold a first state."""
-        rows = [self._rows.get(int(client), self._first) for client in clients]
-        rows += [self._first] * (slots - len(rows))
-        return self._treedef.unflatten([np.stack(leaf) for leaf in zip(*rows, strict=True)])
+    def gather(self, clients: np.ndarray, rows: np.ndarray, shape: tuple[int, ...]) -> PyTree:
+        """Lays states out in a table.
 
-    def scatter(self, clients: np.ndarray, states: PyTree) -> None:
-        """Stores rows 0..len(clients) of `states`, pytree of (slots, ...)."""
-        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(states)]
-        for slot, client in enumerate(clients):
-            self._rows[int(client)] = [leaf[slot].copy() for leaf in leaves]
+        Args:
+          clients: (n,) int, indices of clients.
+          rows: (n,) int, where in the flattened table each of them goes.
+          shape: of the table.
+
+        Returns:
+          A pytree of (*shape, ...); the table's other places hold a first state.
+        """
+        table = [self._first] * int(np.prod(shape))
+        for client, row in zip(clients, rows, strict=True):
+            table[row] = self._rows.get(int(client), self._first)
+        leaves = [np.stack(leaf) for leaf in zip(*table, strict=True)]
+        return self._treedef.unflatten([leaf.reshape(*shape, *leaf.shape[1:]) for leaf in leaves])
+
+    def scatter(self, clients: np.ndarray, rows: np.ndarray, table: PyTree) -> None:
+        """Stores the given rows of `table`, a pytree of (places, ...)."""
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(table)]
+        for client, row in zip(clients, rows, strict=True):
+            self._rows[int(client)] = [leaf[row].copy() for leaf in leaves]
 
     def save(self) -> PyTree:
-        """What a checkpoint holds: {'clients': (n,) int64, 'rows': pytree of (n, ...)}."""
+        """What a checkpoint holds, of all processes: {'clients': (n,) int64, 'rows': [(n, ...)]}.
+
+        With several processes, all must call this at the same time.
+        """
         clients = np.array(sorted(self._rows), np.int64)
-        return {"clients": clients, "rows": jax.tree.leaves(self.gather(clients, len(clients)))}
+        rows = [self._rows[int(client)] for client in clients]
+        stacked = [
+            np.stack([row[i] for row in rows]) if rows else np.zeros((0, *first.shape), first.dtype)
+            for i, first in enumerate(self._first)
+        ]
+        saved = {"clients": clients, "rows": stacked}
+        return saved if jax.process_count() == 1 else _of_all_processes(saved)
 
     def template(self) -> PyTree:
         """The shapes and dtypes of what `save` returns; None stands for the clients seen by then."""
@@ -47,4 +68,20 @@ class ClientStates:
     def load(self, saved: PyTree) -> None:
         """Takes over what `save` returned."""
         self._rows = {}
-        self.scatter(saved["clients"], saved["rows"])
+        self.scatter(saved["clients"], np.arange(len(saved["clients"])), saved["rows"])
+
+
+def _of_all_processes(tree: PyTree) -> PyTree:
+    """Concatenates arrays (n, ...) whose n differs between processes."""
+    count = len(tree["clients"])
+    counts = multihost_utils.process_allgather(np.int32(count))
+
+    def gather(array: np.ndarray) -> np.ndarray:
+        padded = np.zeros((counts.max(), *array.shape[1:]), array.dtype)
+        padded[:count] = array
+        # As bytes, because JAX would cut 64-bit numbers down to 32.
+        parts = multihost_utils.process_allgather(padded.view(np.uint8))
+        parts = [np.ascontiguousarray(part).view(array.dtype) for part in parts]
+        return np.concatenate([part[:n] for part, n in zip(parts, counts, strict=True)])
+
+    return jax.tree.map(gather, tree)

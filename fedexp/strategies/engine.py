@@ -8,23 +8,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedexp.algorithms.base import Clients, ClientWork, Cohort
+from fedexp.algorithms.base import Clients, ClientWork
 from fedexp.data import Batch
 from fedexp.strategies.schedule import Schedule
 
 PyTree = Any
 
 
-class PackedWork(NamedTuple):
-    """What the strategies put into `Cohort.work`.
+class DeviceWork(NamedTuple):
+    """A device's share of a round.
 
     Attributes:
-      schedule: of this device's clients.
+      schedule: of its clients.
       examples: name -> (num_rows, ...), what `schedule.rows` points into.
+      clients: its client slots.
     """
 
     schedule: Schedule
     examples: dict[str, jax.Array]
+    clients: Clients
 
 
 def take_batch(examples: dict[str, jax.Array], rows: jax.Array) -> Batch:
@@ -35,14 +37,13 @@ def take_batch(examples: dict[str, jax.Array], rows: jax.Array) -> Batch:
     )
 
 
-def for_each_client(work: ClientWork, shared: PyTree, cohort: Cohort) -> tuple[PyTree, PyTree]:
-    """Runs `work` over the packed schedule; see `algorithms.base.ForEachClient`.
+def run_clients(work: ClientWork, shared: PyTree, part: DeviceWork) -> tuple[PyTree, PyTree]:
+    """Runs `work` for the clients of one device; returns their (total, each).
 
     The loop over steps holds nothing but `work.step`. Carries are made and finished between segments, so
     the passes over the parameters that `init` and `finish` cost are paid per client, not per step.
     """
-    schedule, examples = cohort.work
-    clients = cohort.clients
+    schedule, examples, clients = part
     num_slots, num_lanes = schedule.slots.shape
     over_lanes = _over_lanes(num_lanes)
     init = over_lanes(lambda client: work.init(shared, client))

@@ -1,19 +1,19 @@
-"""Prepares rounds on the host and runs them on one device."""
+"""Prepares rounds on the host and runs them on the devices of a strategy."""
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from fedexp.algorithms.base import Algorithm, Clients, Cohort, ForEachClient, RoundOutput
+from fedexp.algorithms.base import Algorithm, Clients, ClientWork, Cohort, RoundOutput
 from fedexp.data import ClientBatching, FederatedDataset
 from fedexp.strategies import schedule as schedule_lib
+from fedexp.strategies.base import Strategy
 from fedexp.strategies.client_states import ClientStates
-from fedexp.strategies.engine import PackedWork
+from fedexp.strategies.engine import DeviceWork
 
 PyTree = Any
 _DEFAULT_RESIDENT_BYTES = 4 << 30
@@ -21,13 +21,20 @@ _SHUFFLE_STREAM = 1
 
 
 class RoundInputs(NamedTuple):
-    """What a round transfers to the device besides examples; see `Clients` and `Cohort`."""
+    """What a round transfers besides examples; D devices, S client slots on each.
 
-    round: np.ndarray
-    size: np.ndarray
-    index: np.ndarray
-    num_examples: np.ndarray
-    num_steps: np.ndarray
+    Attributes:
+      round: () int32.
+      size: () int32, clients in the cohort.
+      index: (D, S) int32, and so num_examples and num_steps; see `Clients`.
+      schedule: leaves (D, ...).
+    """
+
+    round: jax.Array
+    size: jax.Array
+    index: jax.Array
+    num_examples: jax.Array
+    num_steps: jax.Array
     schedule: schedule_lib.Schedule
 
 
@@ -37,14 +44,16 @@ class PreparedRound(NamedTuple):
     Attributes:
       round: counted from 0.
       clients: (cohort size,) int64, indices of the sampled clients.
-      inputs: on the device.
-      examples: on the device; the whole data set, or the cohort's share.
-      num_examples: examples the round trains on, local epochs counted.
-      utilisation: share of the computed examples that are real.
+      slots: (cohort size,) int64, where each of them stands among the D x S slots.
+      inputs: on the devices.
+      examples: name -> (D, rows, ...) on the devices; the whole data set, or the cohort's share.
+      num_examples: examples that the round trains on, local epochs counted.
+      utilisation: real examples over computed ones, on this process's devices.
     """
 
     round: int
     clients: np.ndarray
+    slots: np.ndarray
     inputs: RoundInputs
     examples: dict[str, jax.Array]
     num_examples: int
@@ -52,14 +61,16 @@ class PreparedRound(NamedTuple):
 
 
 class Runner:
-    """Binds an algorithm to a data set and a way to run its clients.
+    """Binds an algorithm to a data set and a strategy.
 
-    `prepare` may run in a background thread a round ahead; `run` is one dispatch and returns before the
-    device is done.
+    `prepare` may run in a background thread a round ahead; `run` is one dispatch and returns before
+    the devices are done. With several processes, all make the same calls. Each owns a contiguous
+    share of the clients and reads, holds and trains no others.
     """
 
     def __init__(
         self,
+        strategy: Strategy,
         algorithm: Algorithm,
         dataset: FederatedDataset,
         batching: ClientBatching,
@@ -67,109 +78,227 @@ class Runner:
         params: PyTree,
         cohort_size: int,
         seed: int,
-        lanes: int,
-        for_each_client: ForEachClient,
-        compiled: bool = True,
-        max_resident_bytes: int | None = None,
     ):
+        self.placement = strategy.placement
+        self._strategy = strategy
         self._algorithm = algorithm
         self._dataset = dataset
         self._batching = batching
         self._seed = seed
-        self._lanes = lanes
-        self._for_each_client = for_each_client
-        self._capacities = _Capacities.of(dataset, batching, cohort_size, lanes)
-        self._resident = None
-        if dataset.nbytes <= (max_resident_bytes or _device_budget()):
-            self._resident = jax.device_put(dict(dataset.features))
+        self._lanes = strategy.num_lanes(cohort_size)
+        self._capacity = _Capacity.of(
+            dataset, batching, cohort_size, self._lanes, self.placement.num_devices
+        )
+        self._borders = _shares(dataset, self.placement.num_processes)
+        number = int(np.flatnonzero(np.unique(self.placement.processes) == jax.process_index())[0])
+        self._own = slice(*self._borders[number : number + 2])
+        self._resident = self._make_resident(strategy.max_resident_bytes)
         self.client_states: ClientStates | None = None
         if algorithm.init_client_state is not None:
             self.client_states = ClientStates(algorithm.init_client_state(params))
         self.compilations = 0
-        self._round = self._body if not compiled else jax.jit(self._traced, donate_argnums=0)
+        self._round = self._interpreted
+        if strategy.compiled:
+            self._round = jax.jit(self._traced, donate_argnums=0)
 
     def prepare(self, round_: int, clients: np.ndarray) -> PreparedRound:
-        """Draws the cohort's batches, packs them and starts their transfer to the device."""
+        """Draws the cohort's batches, packs them and starts their transfer to the devices."""
         sizes = self._dataset.client_sizes[clients]
-        starts = self._dataset.offsets[clients]
-        examples = self._resident
-        if examples is None:
-            examples, starts = self._gather(clients, sizes)
-        batches = []
-        for client, start, size in zip(clients, starts, sizes, strict=True):
-            rng = np.random.default_rng([_SHUFFLE_STREAM, self._seed, round_, int(client)])
-            positions = self._batching.order(int(size), rng)
-            batches.append(np.where(positions >= 0, positions + start, -1))
-        steps = np.array([len(client) for client in batches], np.int32)
-        slots = _bucket(len(clients), self._capacities.slots)
-        schedule = schedule_lib.pack(
-            batches,
-            self._lanes,
-            slots=slots,
-            pad_steps=functools.partial(_bucket, capacity=self._capacities.steps),
-        )
+        steps = self._batching.num_steps(sizes)
+        lane_of, start_of = self._assign(clients, steps)
+        device_of, lane_of = np.divmod(lane_of, self._lanes)
+        position = _count_before(device_of)
+        # Every process computes the shapes of all devices, because all compile the same program.
+        num_slots = _bucket(position.max(initial=-1) + 1, self._capacity.slots)
+        num_steps = _bucket((start_of + steps).max(initial=0), self._capacity.steps)
+        members = [np.flatnonzero(device_of == device) for device in self.placement.local]
+        if self._resident is None:
+            num_rows = np.bincount(device_of, weights=sizes).max(initial=0)
+            num_rows = _bucket(int(num_rows), self._capacity.examples)
+            examples = self._gather([clients[own] for own in members], num_rows)
+            firsts = np.zeros(len(clients), np.int64)
+            for own in members:
+                firsts[own] = np.cumsum(sizes[own]) - sizes[own]
+        else:
+            examples = self._resident
+            firsts = self._dataset.offsets[clients] - self._dataset.offsets[self._own.start]
+
+        def batches(member: int) -> np.ndarray:
+            seed = [_SHUFFLE_STREAM, self._seed, round_, int(clients[member])]
+            order = self._batching.order(int(sizes[member]), np.random.default_rng(seed))
+            return np.where(order >= 0, order + firsts[member], -1)
+
+        schedules = [
+            schedule_lib.pack(
+                [batches(member) for member in own],
+                lane_of[own],
+                start_of[own],
+                lanes=self._lanes,
+                slots=num_slots,
+                steps=num_steps,
+                batch_size=self._batching.batch_size,
+            )
+            for own in members
+        ]
+
+        def by_slot(values: np.ndarray) -> np.ndarray:
+            table = np.zeros((len(members), num_slots), np.int32)
+            for row, own in zip(table, members, strict=True):
+                row[position[own]] = values[own]
+            return table
+
+        schedule = jax.tree.map(lambda *leaves: np.stack(leaves), *schedules)
+        split, replicate = self.placement.split, self.placement.replicate
         inputs = RoundInputs(
-            round=np.int32(round_),
-            size=np.int32(len(clients)),
-            index=_padded(clients, slots),
-            num_examples=_padded(sizes, slots),
-            num_steps=_padded(steps, slots),
-            schedule=schedule,
+            round=replicate(np.int32(round_)),
+            size=replicate(np.int32(len(clients))),
+            index=split(by_slot(clients)),
+            num_examples=split(by_slot(sizes)),
+            num_steps=split(by_slot(steps)),
+            schedule=split(schedule),
         )
+        real = sum(int((one.rows >= 0).sum()) for one in schedules)
+        run = sum(int(one.bounds[one.num_segments]) for one in schedules) * schedule.rows[0, 0].size
         return PreparedRound(
             round=round_,
             clients=clients,
-            inputs=jax.device_put(inputs),
+            slots=device_of * num_slots + position,
+            inputs=inputs,
             examples=examples,
-            num_examples=sum(int((rows >= 0).sum()) for rows in batches),
-            utilisation=schedule_lib.utilisation(schedule),
+            num_examples=int(self._batching.num_examples(sizes).sum()),
+            utilisation=real / max(run, 1),
         )
 
     def run(self, server_state: PyTree, prepared: PreparedRound) -> RoundOutput:
-        """Runs one round; `server_state` is donated and must not be used afterwards."""
-        states = None
-        if self.client_states is not None:
-            states = self.client_states.gather(prepared.clients, len(prepared.inputs.index))
+        """Runs one round; `server_state` is donated and must not be used afterwards.
+
+        Client states are taken from and put back into `client_states`, for this process's clients.
+        """
+        if self.client_states is None:
+            return self._round(server_state, prepared.inputs, prepared.examples, None)
+        num_slots = prepared.inputs.index.shape[1]
+        rows = prepared.slots - num_slots * self.placement.local[0]
+        own = (rows >= 0) & (rows < num_slots * len(self.placement.local))
+        clients, rows = prepared.clients[own], rows[own]
+        states = self.client_states.gather(clients, rows, (len(self.placement.local), num_slots))
+        states = self.placement.split(states)
         output = self._round(server_state, prepared.inputs, prepared.examples, states)
-        if self.client_states is not None:
-            self.client_states.scatter(prepared.clients, output.client_states)
+        new_states = self.placement.own_rows(output.client_states)
+        self.client_states.scatter(clients, rows, new_states)
         return output._replace(client_states=None)
+
+    def start(self, params: PyTree) -> PyTree:
+        """The algorithm's first server state, on all devices."""
+        # A restored state has no weak types, so neither may a first one: they compile differently.
+        state = jax.tree.map(
+            lambda leaf: np.asarray(leaf, jax.numpy.result_type(leaf)), self._algorithm.init(params)
+        )
+        return self.placement.replicate(state)
 
     def _traced(self, *args) -> RoundOutput:
         self.compilations += 1  # jit traces once for every set of shapes that it compiles.
-        return self._body(*args)
+        state, metrics, client_states = self._body(*args)
+        state, metrics = self.placement.keep_replicated((state, dict(metrics)))
+        return RoundOutput(state, metrics, client_states)
+
+    def _interpreted(self, state, inputs, *args) -> RoundOutput:
+        try:
+            return self._body(state, inputs, *args)
+        except Exception as error:
+            clients = np.asarray(inputs.index).ravel()[: int(inputs.size)]
+            ids = {int(client): str(self._dataset.client_ids[client]) for client in clients}
+            error.add_note(f"in round {int(inputs.round)}, whose clients are {ids}")
+            raise
 
     def _body(self, server_state, inputs, examples, client_states) -> RoundOutput:
         key = jax.random.fold_in(jax.random.key(self._seed), inputs.round)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, inputs.index)
+        by_device = Clients(
+            index=inputs.index,
+            num_examples=inputs.num_examples,
+            num_steps=inputs.num_steps,
+            key=jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))(key, inputs.index),
+            state=client_states,
+        )
+
+        def flat(tree: PyTree) -> PyTree:
+            return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
+
+        def for_each_client(work: ClientWork, shared: PyTree, cohort: Cohort):
+            clients = jax.tree.map(
+                lambda leaf: leaf.reshape(*inputs.index.shape, *leaf.shape[1:]), cohort.clients
+            )
+            total, each = self.placement.run(
+                self.placement,
+                lambda shared, part: self._strategy.run_clients(work, shared, part),
+                shared,
+                DeviceWork(inputs.schedule, examples, clients),
+            )
+            return total, flat(each)
+
         cohort = Cohort(
             round=inputs.round,
             key=key,
             size=inputs.size,
-            clients=Clients(
-                inputs.index, inputs.num_examples, inputs.num_steps, keys, client_states
-            ),
-            work=PackedWork(inputs.schedule, examples),
+            clients=flat(by_device),
             population=self._dataset.num_clients,
         )
-        return self._algorithm.round(server_state, cohort, self._for_each_client)
+        return self._algorithm.round(server_state, cohort, for_each_client)
 
-    def _gather(self, clients: np.ndarray, sizes: np.ndarray) -> tuple[dict, np.ndarray]:
-        """Copies the cohort's examples side by side, padded to a bucket, and starts their transfer."""
-        rows = _bucket(int(sizes.sum()), self._capacities.examples)
-        starts = np.cumsum(sizes) - sizes
+    def _assign(self, clients: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Gives every client a lane of a device of the process that owns it.
+
+        Returns:
+          (lane, first step), (num_clients,) int64; lanes count through all devices.
+        """
+        lane_of = np.zeros(len(clients), np.int64)
+        start_of = np.zeros(len(clients), np.int64)
+        owner = np.searchsorted(self._borders, clients, side="right") - 1
+        for number, process in enumerate(np.unique(self.placement.processes)):
+            own = np.flatnonzero(owner == number)
+            devices = np.flatnonzero(self.placement.processes == process)
+            lanes, start_of[own] = schedule_lib.assign(steps[own], self._lanes * len(devices))
+            lane_of[own] = lanes + self._lanes * devices[0]
+        return lane_of, start_of
+
+    def _make_resident(self, max_bytes: int | None) -> dict[str, jax.Array] | None:
+        """This process's clients on each of its devices, if they fit."""
+        offsets = self._dataset.offsets[self._borders]
+        rows = int(np.diff(offsets).max())  # The same on all processes: they share one program.
+        row_bytes = self._dataset.nbytes / self._dataset.num_examples
+        budget = _device_budget() if max_bytes is None else max_bytes
+        if rows * row_bytes > budget:
+            return None
+        share = self._dataset.slice(
+            self._dataset.offsets[self._own.start], self._dataset.offsets[self._own.stop]
+        )
+
+        def copies(array: np.ndarray) -> np.ndarray:
+            if len(array) < rows:
+                array = np.concatenate(
+                    [array, np.zeros_like(array, shape=(rows - len(array), *array.shape[1:]))]
+                )
+            return np.broadcast_to(array, (len(self.placement.local), *array.shape))
+
+        return self.placement.split(jax.tree.map(copies, share))
+
+    def _gather(self, clients_by_device: list[np.ndarray], rows: int) -> dict[str, jax.Array]:
+        """Copies the examples of each device's clients side by side and starts their transfer."""
         examples = {
-            name: np.zeros((rows, *array.shape[1:]), array.dtype)
+            name: np.zeros((len(clients_by_device), rows, *array.shape[1:]), array.dtype)
             for name, array in self._dataset.features.items()
         }
-        for client, start, size in zip(clients, starts, sizes, strict=True):
-            for name, array in self._dataset.client(client).items():
-                examples[name][start : start + size] = array
-        return jax.device_put(examples), starts
+        for device, clients in enumerate(clients_by_device):
+            begin = 0
+            for client in clients:
+                end = begin + int(self._dataset.client_sizes[client])
+                for name, array in self._dataset.client(client).items():
+                    examples[name][device, begin:end] = array
+                begin = end
+        return self.placement.split(examples)
 
 
-class _Capacities(NamedTuple):
-    """Compiled shapes that nearly every cohort fits; larger cohorts take a power of two of them."""
+class _Capacity(NamedTuple):
+    """Compiled shapes that nearly every cohort fits; larger cohorts double them until they do."""
 
     slots: int
     steps: int
@@ -177,14 +306,19 @@ class _Capacities(NamedTuple):
 
     @classmethod
     def of(
-        cls, dataset: FederatedDataset, batching: ClientBatching, cohort_size: int, lanes: int
-    ) -> _Capacities:
+        cls,
+        dataset: FederatedDataset,
+        batching: ClientBatching,
+        cohort_size: int,
+        lanes: int,
+        devices: int,
+    ) -> _Capacity:
         sizes, steps = dataset.client_sizes, batching.num_steps(dataset.client_sizes)
-        room = 1.5 * cohort_size
+        share = 1.5 * cohort_size / devices
         return cls(
-            slots=max(cohort_size, 1),
-            steps=math.ceil(room * steps.mean() / lanes) + int(steps.max()),
-            examples=math.ceil(room * sizes.mean()) + int(sizes.max()),
+            slots=cohort_size if devices == 1 else min(cohort_size, math.ceil(share) + 2),
+            steps=math.ceil(share * steps.mean() / lanes) + int(steps.max()),
+            examples=math.ceil(share * sizes.mean()) + int(sizes.max()),
         )
 
 
@@ -194,12 +328,32 @@ def _bucket(count: int, capacity: int) -> int:
     return capacity
 
 
-def _padded(values: np.ndarray, length: int) -> np.ndarray:
-    return np.pad(values.astype(np.int32), (0, length - len(values)))
+def _count_before(values: np.ndarray) -> np.ndarray:
+    """How many earlier entries are equal to each entry, (n,) int64."""
+    counts = np.zeros(len(values), np.int64)
+    seen: dict[int, int] = {}
+    for i, value in enumerate(values.tolist()):
+        counts[i] = seen.get(value, 0)
+        seen[value] = counts[i] + 1
+    return counts
 
 
-@functools.cache
+def _shares(dataset: FederatedDataset, processes: int) -> np.ndarray:
+    """Cuts the clients into one contiguous range a process, of about as many examples each.
+
+    Returns:
+      (processes + 1,) int64 client indices.
+    """
+    wanted = np.arange(processes + 1) * dataset.num_examples / processes
+    return np.searchsorted(dataset.offsets, wanted).astype(np.int64)
+
+
 def _device_budget() -> int:
-    """Bytes of examples that may stay on the device: half of its memory, 4 GiB where it won't tell."""
+    """Bytes of examples that may stay on a device: half of its memory, where it tells.
+
+    Virtual CPU devices share 4 GiB.
+    """
     stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("bytes_limit", 2 * _DEFAULT_RESIDENT_BYTES) // 2
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] // 2
+    return _DEFAULT_RESIDENT_BYTES // jax.local_device_count()

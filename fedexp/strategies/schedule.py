@@ -8,7 +8,7 @@ them longest-first wastes only what the lanes' ends differ by.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -37,41 +37,36 @@ class Schedule(NamedTuple):
     ends: np.ndarray
     num_segments: np.ndarray
 
-    @property
-    def num_steps(self) -> int:
-        """Steps that are run; the rows beyond them pad to the compiled shape."""
-        return int(self.bounds[self.num_segments])
-
 
 def pack(
     batches: Sequence[np.ndarray],
-    lanes: int,
+    lane_of: np.ndarray,
+    start_of: np.ndarray,
     *,
-    slots: int | None = None,
-    pad_steps: Callable[[int], int] = lambda longest: longest,
+    lanes: int,
+    slots: int,
+    steps: int,
+    batch_size: int,
 ) -> Schedule:
-    """Assigns clients to lanes, longest first, each to the lane that is free first.
+    """Lays the clients' batches out on their lanes.
 
     Args:
-      batches: per client of the cohort, its batches (num_steps_i, batch_size) int; -1 is padding.
+      batches: per client, its batches (num_steps_i, B) int; -1 is padding.
+      lane_of: (num_clients,) int, the lane of each client.
+      start_of: (num_clients,) int, its first step; lanes run their clients without a gap.
       lanes: L.
-      slots: S, the client slots to pad to; the number of clients if None.
-      pad_steps: steps of the longest lane -> T, the steps to pad to.
+      slots: S, the client slots to pad to.
+      steps: T, the steps to pad to.
+      batch_size: B.
     """
-    lengths = [len(client) for client in batches]
-    lane_of, start_of = assign(lengths, lanes)
-    end_of = start_of + lengths
-    slots = len(batches) if slots is None else slots
-    longest = int(end_of.max(initial=0))
-    batch_size = batches[0].shape[1] if batches else 1
-
-    rows = np.full((pad_steps(longest), lanes, batch_size), -1, np.int32)
+    end_of = start_of + np.array([len(client) for client in batches], np.int64)
+    rows = np.full((steps, lanes, batch_size), -1, np.int32)
     for client, lane, start, end in zip(batches, lane_of, start_of, end_of, strict=True):
         rows[start:end, lane] = client
 
     edges = np.unique(np.concatenate([[0], end_of]))
     num_segments = len(edges) - 1
-    bounds = np.full(slots + 1, longest, np.int32)
+    bounds = np.full(slots + 1, edges[-1], np.int32)
     bounds[: len(edges)] = edges
     slot = np.full((slots, lanes), slots, np.int32)
     starts = np.zeros((slots, lanes), np.int32)
@@ -102,9 +97,3 @@ def assign(lengths: Sequence[int], lanes: int) -> tuple[np.ndarray, np.ndarray]:
         start[client], lane[client] = heapq.heappop(free)
         heapq.heappush(free, (int(start[client] + lengths[client]), int(lane[client])))
     return lane, start
-
-
-def utilisation(schedule: Schedule) -> float:
-    """Share of the computed examples, of all lanes and steps run, that are real ones."""
-    run = schedule.rows[: schedule.num_steps]
-    return float((run >= 0).mean()) if run.size else 1.0

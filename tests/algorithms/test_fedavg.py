@@ -11,7 +11,7 @@ from fedexp.aggregators import mean
 from fedexp.algorithms import fedavg, optimizers
 from fedexp.data.batching import ClientBatching
 from fedexp.errors import UserError
-from fedexp.strategies import debug, jit
+from fedexp.strategies import Runner, debug, jit
 from tests.support import linear
 
 ROUNDS, BATCH_SIZE, CLIENT_LR, SERVER_LR, EPS = 3, 4, 0.05, 0.1, 1e-3
@@ -23,15 +23,17 @@ def run(algorithm, strategy, *, task=None, rounds=ROUNDS, batching=BATCHING, see
     """Runs the cohorts; returns final params as float64 NumPy and the last round's metrics."""
     task = task or linear.task()
     params = task.init(jax.random.key(0), None)
-    runner = strategy(
-        algorithm, linear.dataset(), batching, params=params, cohort_size=4, seed=seed
+    runner = Runner(
+        strategy, algorithm, linear.dataset(), batching, params=params, cohort_size=4, seed=seed
     )
-    state = algorithm.init(params)
+    state = runner.start(params)
     for number in range(rounds):
         output = runner.run(state, runner.prepare(number, COHORTS[number]))
         state = output.server_state
     params = {name: np.asarray(leaf, np.float64) for name, leaf in state.params.items()}
-    return params, {name: np.asarray(value) for name, value in output.metrics.items()}
+    slots = runner.prepare(rounds - 1, COHORTS[rounds - 1]).slots
+    metrics = {name: np.asarray(value) for name, value in output.metrics.items()}
+    return params, {name: value[slots] if value.ndim else value for name, value in metrics.items()}
 
 
 def reference(server_step, *, weighting="examples", proximal=0.0, client_lr=lambda r: CLIENT_LR):

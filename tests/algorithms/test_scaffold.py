@@ -10,7 +10,7 @@ import pytest
 from fedexp.algorithms import scaffold
 from fedexp.data.batching import ClientBatching
 from fedexp.errors import UserError
-from fedexp.strategies import debug, jit
+from fedexp.strategies import Runner, debug, jit
 from tests.support import linear
 
 COHORTS = [np.array([0, 2, 3]), np.array([2, 3, 6]), np.array([0, 3, 5]), np.array([0, 2, 6])]
@@ -62,7 +62,8 @@ def test_four_rounds_equal_numpy(option, strategy):
     task = linear.task()
     algorithm = scaffold(task, CLIENT_LR, optax.sgd(SERVER_LR), option=option)
     params = task.init(jax.random.key(0), None)
-    runner = strategy(
+    runner = Runner(
+        strategy,
         algorithm,
         linear.dataset(),
         ClientBatching(BATCH_SIZE, shuffle=False),
@@ -70,7 +71,7 @@ def test_four_rounds_equal_numpy(option, strategy):
         cohort_size=3,
         seed=0,
     )
-    state = algorithm.init(params)
+    state = runner.start(params)
     for number, cohort in enumerate(COHORTS):
         state = runner.run(state, runner.prepare(number, cohort)).server_state
 
@@ -78,7 +79,8 @@ def test_four_rounds_equal_numpy(option, strategy):
     np.testing.assert_allclose(state.params["w"], theta[:-1], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(state.params["b"], theta[-1], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(state.control["w"], server_control[:-1], rtol=1e-5, atol=1e-5)
-    states = runner.client_states.gather(np.arange(len(linear.SIZES)), len(linear.SIZES))
+    everyone = np.arange(len(linear.SIZES))
+    states = runner.client_states.gather(everyone, everyone, (len(everyone),))
     np.testing.assert_allclose(states["w"], controls[:, :-1], rtol=1e-4, atol=1e-5)
 
 

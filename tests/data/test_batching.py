@@ -69,6 +69,19 @@ def test_an_unknown_remainder_is_refused():
         ClientBatching(remainder="keep")
 
 
+@given(
+    sizes,
+    batch_sizes,
+    st.integers(1, 3),
+    st.sampled_from(["mask", "drop", "fill"]),
+    st.sampled_from([None, 1, 5]),
+)
+def test_num_examples_counts_what_is_not_padding(size, batch_size, epochs, remainder, steps):
+    batching = ClientBatching(batch_size, epochs, steps, remainder=remainder)
+    real = (draw(batching, size) >= 0).sum()
+    assert batching.num_examples(np.array([size])) == [real]
+
+
 def test_shuffling_differs_between_epochs():
     first, second = np.split(draw(ClientBatching(10, local_epochs=2), 50), 2)
     assert (first != second).any()

@@ -36,7 +36,7 @@ def test_pixels_survive_the_way_to_uint8_and_back(tmp_path):
     levels = np.resize(np.arange(256, dtype=np.uint8), (2, 28, 28))
     labels = np.array([61, 36], np.int32)
     _write(tmp_path / "d", "fed_emnist", levels.astype(np.float32) / np.float32(255), labels)
-    train, test = emnist.emnist(data_dir=str(tmp_path / "d"))
+    train, test = emnist(data_dir=str(tmp_path / "d"))
     for dataset in (train, test):
         assert dataset.client_ids.tolist() == ["f0", "f1"]
         assert dataset.features["x"].dtype == np.uint8
@@ -50,7 +50,7 @@ def test_pixels_are_rounded_to_the_nearest_level(tmp_path):
     pixels = np.full((1, 28, 28), 10.6 / 255, np.float32)
     pixels[0, :14] = 10.4 / 255
     _write(tmp_path / "d", "fed_emnist", pixels, np.zeros(1, np.int32))
-    train, _ = emnist.emnist(data_dir=str(tmp_path / "d"))
+    train, _ = emnist(data_dir=str(tmp_path / "d"))
     assert (train.client(0)["x"][0, :14] == 10).all()
     assert (train.client(0)["x"][0, 14:] == 11).all()
 
@@ -61,13 +61,13 @@ def test_pixels_out_of_range_name_the_client(tmp_path, value):
     pixels[1, 3, 4] = value
     _write(tmp_path / "d", "fed_emnist", pixels, np.zeros(2, np.int32))
     with pytest.raises(UserError, match=r"train\.h5: client 'f0', feature 'pixels': .*in \[0, 1\]"):
-        emnist.emnist(data_dir=str(tmp_path / "d"))
+        emnist(data_dir=str(tmp_path / "d"))
 
 
 def test_pixels_must_be_float32(tmp_path):
     _write(tmp_path / "d", "fed_emnist", np.ones((1, 28, 28), np.uint8), np.zeros(1, np.int32))
     with pytest.raises(UserError, match=r"client 'f0', feature 'pixels': the dtype is uint8"):
-        emnist.emnist(data_dir=str(tmp_path / "d"))
+        emnist(data_dir=str(tmp_path / "d"))
 
 
 @pytest.mark.parametrize(("only_digits", "label"), [(False, 62), (False, -1), (True, 10)])
@@ -76,28 +76,28 @@ def test_labels_out_of_range_name_the_client(tmp_path, only_digits, label):
     labels = np.array([label], np.int32)
     _write(tmp_path / "d", name, np.ones((1, 28, 28), np.float32), labels)
     with pytest.raises(UserError, match=r"client 'f0', feature 'label': .*got .*only_digits"):
-        emnist.emnist(only_digits=only_digits, data_dir=str(tmp_path / "d"))
+        emnist(only_digits=only_digits, data_dir=str(tmp_path / "d"))
 
 
 def test_the_other_variant_in_the_folder_is_listed(tmp_path):
     labels = np.zeros(1, np.int32)
     _write(tmp_path / "d", "fed_emnist_digitsonly", np.ones((1, 28, 28), np.float32), labels)
     with pytest.raises(UserError, match=r"expected fed_emnist_train.h5.*found fed_emnist_digitson"):
-        emnist.emnist(data_dir=str(tmp_path / "d"))
+        emnist(data_dir=str(tmp_path / "d"))
 
 
 def test_drop_empty(tmp_path):
     empty = np.zeros((0, 28, 28), np.float32), np.zeros(0, np.int32)
     _write(tmp_path / "d", "fed_emnist", *empty)
     with pytest.raises(UserError, match=r"'f0' has no examples .*drop_empty=True"):
-        emnist.emnist(data_dir=str(tmp_path / "d"))
-    train, _ = emnist.emnist(data_dir=str(tmp_path / "d"), drop_empty=True)
+        emnist(data_dir=str(tmp_path / "d"))
+    train, _ = emnist(data_dir=str(tmp_path / "d"), drop_empty=True)
     assert train.client_ids.tolist() == ["f1"]
 
 
 @needs_data
 def test_real_writers():
-    train, test = emnist.emnist(only_digits=True, data_dir=str(DATA))
+    train, test = emnist(only_digits=True, data_dir=str(DATA))
     assert (train.num_clients, train.num_examples, test.num_examples) == (297, 8122, 1878)
     assert train.client_ids.tolist() == sorted(train.client_ids)
     assert test.client_ids.tolist() == train.client_ids.tolist()

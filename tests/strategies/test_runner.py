@@ -11,7 +11,7 @@ from fedexp.algorithms import fedavg
 from fedexp.algorithms.base import Algorithm, ClientWork, RoundOutput
 from fedexp.data.batching import ClientBatching
 from fedexp.errors import UserError
-from fedexp.strategies import debug, jit
+from fedexp.strategies import Runner, debug, jit
 from fedexp.strategies.client_states import ClientStates
 from tests.support import linear
 
@@ -20,7 +20,8 @@ def bind(strategy, algorithm=None, cohort_size=4):
     task = linear.task()
     algorithm = algorithm or fedavg(task, optax.sgd(0.05), optax.sgd(1.0))
     params = task.init(jax.random.key(0), None)
-    runner = strategy(
+    runner = Runner(
+        strategy,
         algorithm,
         linear.dataset(),
         ClientBatching(4),
@@ -28,7 +29,7 @@ def bind(strategy, algorithm=None, cohort_size=4):
         cohort_size=cohort_size,
         seed=0,
     )
-    return runner, algorithm.init(params)
+    return runner, runner.start(params)
 
 
 def test_many_cohorts_of_different_sizes_share_one_compilation():
@@ -86,6 +87,14 @@ def test_resident_rounds_transfer_no_examples():
     assert first.examples is second.examples
 
 
+@pytest.mark.parametrize("lanes", [1, 2, 3])
+def test_utilisation_is_real_over_computed_examples(lanes):
+    runner, _ = bind(jit(lanes))
+    cohort = np.array([0, 3, 6])  # 3, 14 and 11 examples: 1, 4 and 3 batches of 4.
+    longest = {1: 8, 2: 4, 3: 4}[lanes]
+    assert runner.prepare(0, cohort).utilisation == pytest.approx(28 / (longest * lanes * 4))
+
+
 def test_cohort_batches_depend_on_seed_round_and_client_alone():
     runner, _ = bind(jit(1))
     again, _ = bind(jit(1))
@@ -110,7 +119,11 @@ def test_debug_names_the_client_and_the_step():
     runner, state = bind(debug(), algorithm)
     with pytest.raises(ZeroDivisionError) as caught:
         runner.run(state, runner.prepare(5, np.array([3])))
-    assert caught.value.__notes__ == ["in local step 3", "in round 5, client 'client3'"]
+    assert caught.value.__notes__ == [
+        "at local step 3",
+        "at client 3 of the data set",
+        "in round 5, whose clients are {3: 'client3'}",
+    ]
 
 
 def test_debug_stops_at_the_step_that_diverges():
@@ -129,8 +142,11 @@ def test_bad_lanes_are_refused(lanes):
 
 def test_client_states_return_what_was_stored_and_survive_a_checkpoint():
     states = ClientStates({"c": np.zeros(2, np.float32)})
-    states.scatter(np.array([5, 2]), {"c": np.array([[1, 2], [3, 4], [9, 9]], np.float32)})
-    assert states.gather(np.array([2, 7, 5]), 4)["c"].tolist() == [[3, 4], [0, 0], [1, 2], [0, 0]]
+    table = {"c": np.array([[1, 2], [9, 9], [3, 4]], np.float32)}
+    states.scatter(np.array([5, 2]), np.array([0, 2]), table)
+    gathered = states.gather(np.array([2, 7, 5]), np.array([0, 1, 3]), (2, 2))
+    assert gathered["c"].tolist() == [[[3, 4], [0, 0]], [[0, 0], [1, 2]]]
     restored = ClientStates({"c": np.zeros(2, np.float32)})
     restored.load(states.save())
-    assert restored.gather(np.array([2, 5]), 2)["c"].tolist() == [[3, 4], [1, 2]]
+    gathered = restored.gather(np.array([2, 5]), np.array([0, 1]), (2,))
+    assert gathered["c"].tolist() == [[3, 4], [1, 2]]

@@ -1,0 +1,128 @@
+"""JAX's runtime: virtual CPU devices, and joining the processes of a distributed run."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import gin
+import jax
+
+from fedexp.errors import UserError
+
+# sysexits.h's EX_TEMPFAIL: nothing is wrong with the input, trying again may succeed.
+EXIT_LOST = 75
+
+
+@gin.configurable("runtime")
+def start(
+    num_cpu_devices: int | None = None, lost_after_seconds: int = 30, join_seconds: int = 300
+) -> None:
+    """Starts JAX, before anything asks it for devices.
+
+    A process joins others if `JAX_COORDINATOR_ADDRESS` (host:port), `JAX_NUM_PROCESSES` and
+    `JAX_PROCESS_ID` are set, or if `FEDEXP_DISTRIBUTED` is 'auto', where JAX finds out by itself (Slurm,
+    cloud TPU). These are not bindings, because they are not part of the experiment.
+
+    Args:
+      num_cpu_devices: virtual CPU devices of this process, to try several "cores" on any machine.
+      lost_after_seconds: silence after which a process is taken for lost, and the run ends.
+      join_seconds: how long to wait for the other processes.
+
+    Raises:
+      UserError: variables that are missing or wrong.
+      SystemExit: the other processes do not come.
+    """
+    if num_cpu_devices is not None:
+        if num_cpu_devices < 1:
+            raise UserError(f"runtime.num_cpu_devices must be at least 1, got {num_cpu_devices}")
+        jax.config.update("jax_num_cpu_devices", num_cpu_devices)
+    arguments = _from_environment()
+    if arguments is None:
+        return
+    # JAX aborts when it loses a process; its message should not drown in our stacks.
+    faulthandler.disable()
+    try:
+        jax.distributed.initialize(
+            **arguments,
+            heartbeat_timeout_seconds=lost_after_seconds,
+            initialization_timeout=join_seconds,
+        )
+    except (RuntimeError, ValueError, TypeError) as error:
+        leave(f"error: cannot join the other processes: {_first_line(error)}", EXIT_LOST)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes what is written once."""
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def leaving_a_broken_group() -> Iterator[None]:
+    """Ends this process when it cannot go on with the others, as when one of them is lost.
+
+    An orderly end would wait for the lost process at the next barrier.
+    """
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        if _is_about_others(error):
+            leave(
+                f"error: another process is lost ({_first_line(error)}). The same command, on as "
+                "many processes as there are now, goes on from the last checkpoint.",
+                EXIT_LOST,
+            )
+        if isinstance(error, UserError):  # Met by all processes in the same round.
+            raise
+        traceback.print_exc()
+        leave("error: this process cannot go on", 1)
+
+
+def _is_about_others(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def leave(message: str, code: int) -> NoReturn:
+    """Prints `message` on stderr and exits; of several processes, without waiting for the others."""
+    print(message, file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _from_environment() -> dict[str, Any] | None:
+    """Arguments for jax.distributed.initialize; None for a run of one process."""
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    if os.environ.get("FEDEXP_DISTRIBUTED") == "auto" and not found:
+        return {}
+    if not found:
+        return None
+    try:
+        return {
+            "coordinator_address": found["JAX_COORDINATOR_ADDRESS"],
+            "num_processes": int(found["JAX_NUM_PROCESSES"]),
+            "process_id": int(found["JAX_PROCESS_ID"]),
+            "cluster_detection_method": "deactivate",
+        }
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"a run of several processes needs {', '.join(names)}, the last two as numbers; "
+            f"this environment has {found}"
+        ) from error

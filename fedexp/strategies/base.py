@@ -1,0 +1,51 @@
+"""What a strategy is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+
+from fedexp.errors import UserError
+from fedexp.strategies.engine import run_clients
+from fedexp.strategies.placement import Placement
+
+_ACCELERATOR_LANES = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """Where a cohort runs.
+
+    Attributes:
+      placement: the devices.
+      lanes: clients that train side by side on each device. 'auto' takes 1 on CPU, where a single
+        lane's products keep the cores busy, and up to 32 on accelerators.
+      max_resident_bytes: data sets up to this size stay on the devices; of larger ones every cohort's
+        examples are transferred. Half of a device's memory if None.
+      run_clients: runs one device's clients; see `engine.run_clients`.
+      compiled: whether a round is compiled to one program.
+
+    Raises:
+      UserError: lanes below 1.
+    """
+
+    placement: Placement
+    lanes: int | Literal["auto"] = "auto"
+    max_resident_bytes: int | None = None
+    run_clients: Callable[..., tuple[Any, Any]] = run_clients
+    compiled: bool = True
+
+    def __post_init__(self) -> None:
+        if self.lanes != "auto" and (not isinstance(self.lanes, int) or self.lanes < 1):
+            raise UserError(f"lanes must be 'auto' or a number from 1, got {self.lanes!r}")
+
+    def num_lanes(self, cohort_size: int) -> int:
+        """Lanes of each device for cohorts of about this size."""
+        if self.lanes != "auto":
+            return self.lanes
+        if jax.default_backend() == "cpu":
+            return 1
+        return max(1, min(cohort_size // self.placement.num_devices, _ACCELERATOR_LANES))

@@ -1,0 +1,160 @@
+"""Which devices a cohort is spread over, and how a function is run on each of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from fedexp.errors import UserError
+
+PyTree = Any
+# (shared, own) -> (total, each), for one device; `own` is that device's part.
+DeviceFunction = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
+
+_AXIS = "devices"
+_SPLIT, _WHOLE = PartitionSpec(_AXIS), PartitionSpec()
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """The devices of a strategy, of all processes, in one row.
+
+    Arrays that differ between devices have a leading axis of length D, one row per device; what is
+    replicated has none.
+
+    Attributes:
+      mesh: one-dimensional; consecutive devices belong to the same process.
+      run: (placement, function, shared, parts) -> (total, each): runs `function(shared, part)` on
+        every device, sums `total` over them, and returns `each` with the leading axis.
+    """
+
+    mesh: Mesh
+    run: Callable[[Placement, DeviceFunction, PyTree, PyTree], tuple[PyTree, PyTree]]
+
+    @property
+    def num_devices(self) -> int:
+        return self.mesh.size
+
+    @property
+    def processes(self) -> np.ndarray:
+        """(D,) int, the process that each device belongs to."""
+        return np.array([device.process_index for device in self.mesh.devices])
+
+    @property
+    def local(self) -> np.ndarray:
+        """Indices of this process's devices."""
+        return np.flatnonzero(self.processes == jax.process_index())
+
+    @property
+    def num_processes(self) -> int:
+        return len(np.unique(self.processes))
+
+    def split(self, parts: PyTree) -> PyTree:
+        """Puts NumPy arrays (local devices, ...) where they belong: global arrays (D, ...)."""
+        sharding = NamedSharding(self.mesh, _SPLIT)
+
+        def put(array: np.ndarray) -> jax.Array:
+            shape = (self.num_devices, *array.shape[1:])
+            return jax.make_array_from_process_local_data(sharding, array, shape)
+
+        return jax.tree.map(put, parts)
+
+    def replicate(self, tree: PyTree) -> PyTree:
+        """Puts a copy on every device; all processes must hold the same values."""
+        sharding = NamedSharding(self.mesh, _WHOLE)
+
+        # Not device_put: between processes it compares the values, which is a collective.
+        def put(leaf: np.ndarray) -> jax.Array:
+            array = np.asarray(leaf)
+            return jax.make_array_from_process_local_data(sharding, array, array.shape)
+
+        return jax.tree.map(put, tree)
+
+    def keep_replicated(self, tree: PyTree) -> PyTree:
+        """Tells the compiler that all devices end up with the same values."""
+        return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, _WHOLE))
+
+    def own_rows(self, tree: PyTree) -> PyTree:
+        """This process's rows of arrays whose first axis is split over devices, as NumPy."""
+
+        def read(array: jax.Array) -> np.ndarray:
+            shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+            return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+        return jax.tree.map(read, tree)
+
+
+def one_device() -> Placement:
+    """The first device, with nothing to sum over."""
+    return Placement(_row(jax.local_devices()[:1]), _run_alone)
+
+
+def pmapped(num_devices: int | None = None) -> Placement:
+    """This process's first `num_devices` devices, all if None, through `jax.pmap`."""
+    return Placement(_row(_first(num_devices, jax.local_devices())), _run_pmapped)
+
+
+def meshed(num_devices: int | None = None) -> Placement:
+    """The first `num_devices` devices of every process, through `jax.shard_map`."""
+    devices = [
+        device
+        for process in range(jax.process_count())
+        for device in _first(num_devices, jax.local_devices(process))
+    ]
+    return Placement(_row(devices), _run_meshed)
+
+
+def _first(num_devices: int | None, devices: list[jax.Device]) -> list[jax.Device]:
+    if num_devices is not None and not 1 <= num_devices <= len(devices):
+        raise UserError(
+            f"num_devices must be 1 to {len(devices)}, the devices of a process, got {num_devices}; "
+            "on CPU, runtime.num_cpu_devices makes more"
+        )
+    return devices[:num_devices]
+
+
+def _row(devices: list[jax.Device]) -> Mesh:
+    return Mesh(np.array(devices), (_AXIS,), axis_types=(AxisType.Auto,))
+
+
+def _run_alone(placement, function, shared, parts):
+    del placement
+    total, each = function(shared, jax.tree.map(lambda leaf: leaf[0], parts))
+    return total, jax.tree.map(lambda leaf: leaf[None], each)
+
+
+def _run_pmapped(placement, function, shared, parts):
+    devices = list(placement.mesh.devices)
+    run = jax.pmap(_summed(function), _AXIS, in_axes=(None, 0), out_axes=(None, 0), devices=devices)
+    return run(shared, parts)
+
+
+def _run_meshed(placement, function, shared, parts):
+    def on_device(shared, parts):
+        total, each = _summed(function)(shared, jax.tree.map(lambda leaf: leaf[0], parts))
+        return total, jax.tree.map(lambda leaf: leaf[None], each)
+
+    run = jax.shard_map(
+        on_device,
+        mesh=placement.mesh,
+        in_specs=(_WHOLE, _SPLIT),
+        out_specs=(_WHOLE, _SPLIT),
+        check_vma=False,
+    )
+    return run(shared, parts)
+
+
+def _summed(function: DeviceFunction) -> DeviceFunction:
+    """Sums `total` over the devices: the one collective of a call."""
+
+    def run(shared, part):
+        total, each = function(shared, part)
+        return jax.lax.psum(total, _AXIS), jax.tree.map(jnp.asarray, each)
+
+    return run

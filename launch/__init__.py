@@ -1,0 +1,1 @@
+"""Starting runs of several processes: on this machine, on Slurm, on Kubernetes."""

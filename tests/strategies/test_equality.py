@@ -1,0 +1,90 @@
+"""Every algorithm gives the same numbers under every strategy, on any number of devices and lanes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent.parent
+ALGORITHMS = ("fedavg", "scaffold1", "scaffold2")
+ONE_PROCESS = ["jit:1:1", "jit:1:3"] + [
+    f"{name}:{devices}:{lanes}"
+    for name in ("pmap", "mesh")
+    for devices in (1, 2, 8)
+    for lanes in (1, 3)
+]
+TWO_PROCESSES = [f"mesh:{devices}:{lanes}" for devices in (1, 4) for lanes in (1, 3)]
+
+
+def results(output: Path, specs: list[str], processes: int = 1) -> dict[str, np.ndarray]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    running = []
+    for number in range(processes):
+        # Almost all the time here goes into compiling, so let XLA optimise less.
+        env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+        if processes > 1:
+            env["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{port}"
+            env |= {"JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(number)}
+        running.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.support.strategies", str(output), *specs],
+                cwd=REPOSITORY,
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    logs = [process.communicate(timeout=600)[0] for process in running]
+    assert all(process.returncode == 0 for process in running), "\n".join(logs)
+    with np.load(output) as saved:
+        return dict(saved)
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory) -> dict[str, np.ndarray]:
+    folder = tmp_path_factory.mktemp("equality")
+    return results(folder / "one.npz", ["debug:1:1", *ONE_PROCESS])
+
+
+@pytest.fixture(scope="module")
+def of_two_processes(tmp_path_factory) -> dict[str, np.ndarray]:
+    return results(tmp_path_factory.mktemp("equality") / "two.npz", TWO_PROCESSES, processes=2)
+
+
+def assert_equal(found: dict, expected: dict, spec: str, algorithm: str) -> None:
+    reference = f"debug:1:1 {algorithm} "
+    names = [key.removeprefix(reference) for key in expected if key.startswith(reference)]
+    assert {f"state/.params['{name}']" for name in ("w", "b")} <= set(names)
+    assert "metrics/clients/update_norm" in names and "test/loss" in names
+    assert ("client_states/0" in names) == algorithm.startswith("scaffold")
+    for name in names:
+        np.testing.assert_allclose(
+            found[f"{spec} {algorithm} {name}"],
+            expected[reference + name],
+            rtol=1e-5,
+            atol=2e-6,
+            err_msg=name,
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("spec", ONE_PROCESS)
+def test_one_process_equals_debug(everything, spec, algorithm):
+    assert_equal(everything, everything, spec, algorithm)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("spec", TWO_PROCESSES)
+def test_two_processes_equal_debug(everything, of_two_processes, spec, algorithm):
+    assert_equal(of_two_processes, everything, spec, algorithm)

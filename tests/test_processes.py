@@ -1,0 +1,117 @@
+"""Runs of two real processes on this machine: resuming, losing one, and being told to stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+SCAFFOLD = (
+    "train.algorithm = @scaffold()",
+    "scaffold.task = @linear_task()",
+    "scaffold.client_learning_rate = 0.05",
+)
+
+
+def start(workdir: Path, *params: str, processes: int = 2) -> list[subprocess.Popen]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "fedexp.main", "--gin_file=tests/support/linear.gin"]
+    command += [f"--workdir={workdir}", *(f"--gin_param={param}" for param in params)]
+    command += ["--gin_param=runtime.lost_after_seconds = 10"]
+    running = []
+    for number in range(processes):
+        env = os.environ | {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": str(processes),
+            "JAX_PROCESS_ID": str(number),
+        }
+        running.append(
+            subprocess.Popen(
+                command,
+                cwd=REPOSITORY,
+                env=env,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return running
+
+
+def finish(running: list[subprocess.Popen], timeout: float = 120) -> list[tuple[int, str]]:
+    ended = [(process.communicate(timeout=timeout)[1], process.returncode) for process in running]
+    return [(code, errors) for errors, code in ended]
+
+
+def wait_for_checkpoint(running: list[subprocess.Popen], workdir: Path, at_least: int) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        names = [folder.name for folder in (workdir / "checkpoints").glob("[0-9]*")]
+        if any(name.isdigit() and int(name) >= at_least for name in names):
+            return
+        assert all(process.poll() is None for process in running)
+        time.sleep(0.02)
+    raise AssertionError(f"no checkpoint of round {at_least} in time")
+
+
+def final(workdir: Path) -> dict:
+    content = json.loads((workdir / "final.json").read_text())
+    del content["perf"]
+    return content
+
+
+def assert_close(found: dict, expected: dict) -> None:
+    assert found["rounds"] == expected["rounds"]
+    for row, reference in zip(found["history"], expected["history"], strict=True):
+        assert row.keys() == reference.keys()
+        np.testing.assert_allclose(list(row.values()), list(reference.values()), rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_lost_process_ends_the_run_and_one_process_finishes_it(tmp_path, victim):
+    """With SCAFFOLD, so that client states of both processes have to survive as well."""
+    params = ("train.num_rounds = 300", *SCAFFOLD)
+    whole = finish(start(tmp_path / "whole", *params, processes=1))
+    assert whole[0][0] == 0, whole
+
+    running = start(tmp_path / "lost", *params)
+    wait_for_checkpoint(running, tmp_path / "lost", 30)
+    os.kill(running[victim].pid, signal.SIGKILL)
+    (code, errors) = finish(running, timeout=40)[1 - victim]
+    assert code in (75, 134), errors
+    assert "another process is lost" in errors or "another task died" in errors
+    assert not (tmp_path / "lost" / "final.json").exists()
+
+    assert finish(start(tmp_path / "lost", *params, processes=1))[0][0] == 0
+    assert_close(final(tmp_path / "lost"), final(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_after_the_same_round(tmp_path):
+    running = start(tmp_path, "train.num_rounds = 100000", "CheckpointPlan.every = 50")
+    wait_for_checkpoint(running, tmp_path, 50)
+    running[1].send_signal(signal.SIGTERM)
+    ended = finish(running)
+    assert [code for code, _ in ended] == [128 + signal.SIGTERM] * 2, ended
+    stopped = int(ended[0][1].split("stopped after round ")[1].split(";")[0])
+    assert (tmp_path / "checkpoints" / str(stopped)).is_dir()
+
+
+@pytest.mark.slow
+def test_bad_input_ends_both_with_2(tmp_path):
+    ended = finish(start(tmp_path, "uniform.cohort_size = 8"))
+    for code, errors in ended:
+        assert code == 2, errors
+        assert "error: a cohort of 8 clients cannot be sampled from 7" in errors

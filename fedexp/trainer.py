@@ -52,13 +52,20 @@ class CheckpointPlan:
 
     every: int = 50
     keep: int = 2
-    best_metric: str | None = "test/accuracy"
-    best_mode: str = "max"
+    best_metric: str | None = "test/loss"
+    best_mode: str = "min"
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.keep < 1 or self.best_mode not in ("max", "min"):
             raise UserError(
                 f"CheckpointPlan needs every >= 0, keep >= 1 and best_mode 'max' or 'min', got {self}"
+            )
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raises UserError if the evaluation, which gives the metrics `names`, lacks the best one."""
+        if self.best_metric not in (None, *names):
+            raise UserError(
+                f"CheckpointPlan.best_metric is {self.best_metric!r}, but evaluation gives {list(names)}"
             )
 
     def improves(self, row: Mapping[str, float], best: float | None) -> bool:
@@ -135,6 +142,7 @@ def train(
     checkpoints = checkpoints or CheckpointPlan()
     for part in dataset:
         task.check(part)
+    checkpoints.check(["test/loss", *(f"test/{name}" for name in task.metrics)])
 
     def prepare(round_: int) -> PreparedRound:
         return runner.prepare(round_, sampler.sample(dataset.train.client_ids, seed, round_))
@@ -195,9 +203,11 @@ def train(
                 reporter.say(f"stopped after round {done}; the same command goes on from there")
                 break
         saver.wait()
-        if stopped_by is None and workdir is not None and log.has_news() and runtime.is_first():
-            final = {"rounds": done, "metrics": history[-1], "history": history, "perf": log.perf()}
-            _write(Path(workdir) / "final.json", json.dumps(final, indent=2) + "\n")
+        if stopped_by is None and workdir is not None and runtime.is_first():
+            path = Path(workdir) / "final.json"
+            if log.has_news() or not path.exists():
+                final = {"rounds": done, "metrics": history[-1], "history": history}
+                _write(path, json.dumps(final | {"perf": log.perf()}, indent=2) + "\n")
     metrics = history[-1] if history else {}
     return TrainResult(state.params, metrics, history, done, stopped_by)
 

@@ -221,6 +221,21 @@ def test_divergence_names_round_and_metric_and_keeps_earlier_checkpoints(tmp_pat
     checkpointer.close()
 
 
+def test_a_best_metric_that_evaluation_lacks_is_refused_before_training():
+    with pytest.raises(
+        UserError, match=r"'test/accuracy', but evaluation gives \['test/loss', 'test/mae'\]"
+    ):
+        run(checkpoints=CheckpointPlan(best_metric="test/accuracy"))
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_its_result_still_gives_the_result(tmp_path):
+    first = run(tmp_path)
+    final = json.loads((tmp_path / "final.json").read_text())
+    (tmp_path / "final.json").unlink()
+    assert run(tmp_path).history == first.history
+    assert json.loads((tmp_path / "final.json").read_text())["history"] == final["history"]
+
+
 def test_a_cohort_larger_than_the_population_is_refused():
     with pytest.raises(UserError, match="a cohort of 8 clients cannot be sampled from 7"):
         run(sampler=uniform(8))

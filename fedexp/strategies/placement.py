@@ -155,6 +155,19 @@ def _summed(function: DeviceFunction) -> DeviceFunction:
 
     def run(shared, part):
         total, each = function(shared, part)
-        return jax.lax.psum(total, _AXIS), jax.tree.map(jnp.asarray, each)
+        return _sum_over_devices(total), jax.tree.map(jnp.asarray, each)
 
     return run
+
+
+def _sum_over_devices(tree: PyTree) -> PyTree:
+    """One psum of everything (one per dtype), instead of one for each leaf."""
+    leaves, structure = jax.tree.flatten(tree)
+    leaves = [jnp.asarray(leaf) for leaf in leaves]
+    for dtype in dict.fromkeys(leaf.dtype for leaf in leaves):
+        group = [i for i, leaf in enumerate(leaves) if leaf.dtype == dtype]
+        sums = jax.lax.psum(jnp.concatenate([leaves[i].ravel() for i in group]), _AXIS)
+        ends = np.cumsum([leaves[i].size for i in group])[:-1]
+        for i, flat in zip(group, jnp.split(sums, ends), strict=True):
+            leaves[i] = flat.reshape(leaves[i].shape)
+    return structure.unflatten(leaves)

@@ -7,11 +7,11 @@ import numpy as np
 import optax
 import pytest
 
-from fedexp.algorithms import fedavg
+from fedexp.algorithms import fedavg, scaffold
 from fedexp.algorithms.base import Algorithm, ClientWork, RoundOutput
 from fedexp.data.batching import ClientBatching
 from fedexp.errors import UserError
-from fedexp.strategies import Runner, debug, jit
+from fedexp.strategies import Runner, debug, jit, mesh, pmap
 from fedexp.strategies.client_states import ClientStates
 from tests.support import linear
 
@@ -150,3 +150,29 @@ def test_client_states_return_what_was_stored_and_survive_a_checkpoint():
     restored.load(states.save())
     gathered = restored.gather(np.array([2, 5]), np.array([0, 1]), (2,))
     assert gathered["c"].tolist() == [[3, 4], [1, 2]]
+
+
+def collectives(jaxpr, in_loop: bool = False) -> list[bool]:
+    """One entry per collective of a program: whether it is inside a loop."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name.startswith(("psum", "all_gather", "all_reduce", "ppermute")):
+            found.append(in_loop)
+        inside = in_loop or equation.primitive.name in ("while", "scan")
+        for part in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+            inner = getattr(part, "jaxpr", part)
+            if hasattr(inner, "eqns"):
+                found += collectives(inner, inside)
+    return found
+
+
+@pytest.mark.parametrize("strategy", [pmap, mesh])
+@pytest.mark.parametrize(("option", "calls"), [(1, 2), (2, 1)])
+def test_one_collective_per_for_each_client_and_none_in_the_loop(strategy, option, calls):
+    runner, state = bind(strategy(), scaffold(linear.task(), 0.05, option=option))
+    prepared = runner.prepare(0, np.array([0, 3]))
+    states = runner.client_states.gather(
+        prepared.clients, prepared.slots, prepared.inputs.index.shape
+    )
+    program = jax.make_jaxpr(runner._body)(state, prepared.inputs, prepared.examples, states)
+    assert collectives(program.jaxpr) == [False] * calls

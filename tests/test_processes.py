@@ -82,7 +82,7 @@ def assert_close(found: dict, expected: dict) -> None:
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_lost_process_ends_the_run_and_one_process_finishes_it(tmp_path, victim):
     """With SCAFFOLD, so that client states of both processes have to survive as well."""
-    params = ("train.num_rounds = 300", *SCAFFOLD)
+    params = ("train.num_rounds = 600", "CheckpointPlan.every = 10", *SCAFFOLD)
     whole = finish(start(tmp_path / "whole", *params, processes=1))
     assert whole[0][0] == 0, whole
 
@@ -94,6 +94,11 @@ def test_a_lost_process_ends_the_run_and_one_process_finishes_it(tmp_path, victi
     assert "another process is lost" in errors or "another task died" in errors
     assert not (tmp_path / "lost" / "final.json").exists()
 
+    # Once more on two processes, stopped again, and then to the end on one.
+    again = start(tmp_path / "lost", *params)
+    wait_for_checkpoint(again, tmp_path / "lost", 120)
+    again[victim].send_signal(signal.SIGTERM)
+    assert [code for code, _ in finish(again)] == [128 + signal.SIGTERM] * 2
     assert finish(start(tmp_path / "lost", *params, processes=1))[0][0] == 0
     assert_close(final(tmp_path / "lost"), final(tmp_path / "whole"))
 

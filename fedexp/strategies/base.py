@@ -49,3 +49,12 @@ class Strategy:
         if jax.default_backend() == "cpu":
             return 1
         return max(1, min(cohort_size // self.placement.num_devices, _ACCELERATOR_LANES))
+
+
+def refuse_processes(name: str) -> None:
+    """Raises UserError if there is more than one process."""
+    if jax.process_count() > 1:
+        raise UserError(
+            f"the strategy {name} is for one process and there are {jax.process_count()}; "
+            "use train.strategy = @mesh()"
+        )

@@ -16,9 +16,11 @@ class ClientStates:
 
     Args:
       first: the state of a client that was never sampled, a pytree of arrays.
+      own: the clients of this process; others are not kept.
     """
 
-    def __init__(self, first: PyTree):
+    def __init__(self, first: PyTree, own: range):
+        self._own = own
         leaves, self._treedef = jax.tree.flatten(first)
         self._first = [np.asarray(leaf) for leaf in leaves]
         self._rows: dict[int, list[np.ndarray]] = {}
@@ -66,9 +68,10 @@ class ClientStates:
         return {"clients": jax.ShapeDtypeStruct((None,), np.int64), "rows": rows}
 
     def load(self, saved: PyTree) -> None:
-        """Takes over what `save` returned."""
+        """Takes over what `save` returned, possibly on another number of processes."""
         self._rows = {}
-        self.scatter(saved["clients"], np.arange(len(saved["clients"])), saved["rows"])
+        rows = np.array([row for row, i in enumerate(saved["clients"]) if int(i) in self._own], int)
+        self.scatter(saved["clients"][rows], rows, saved["rows"])
 
 
 def _of_all_processes(tree: PyTree) -> PyTree:

@@ -8,8 +8,7 @@ import gin
 import jax
 from absl import logging
 
-from fedexp.errors import UserError
-from fedexp.strategies.base import Strategy
+from fedexp.strategies.base import Strategy, refuse_processes
 from fedexp.strategies.placement import meshed, one_device, pmapped
 
 Lanes = int | Literal["auto"]
@@ -18,7 +17,7 @@ Lanes = int | Literal["auto"]
 @gin.configurable
 def jit(lanes: Lanes = "auto", max_resident_bytes: int | None = None) -> Strategy:
     """One device, one XLA program a round; see `Strategy` for the arguments."""
-    _refuse_processes("jit")
+    refuse_processes("jit")
     return Strategy(one_device(), lanes, max_resident_bytes)
 
 
@@ -27,7 +26,7 @@ def pmap(
     lanes: Lanes = "auto", max_resident_bytes: int | None = None, num_devices: int | None = None
 ) -> Strategy:
     """The devices of one host, all if `num_devices` is None, through `jax.pmap`; see `Strategy`."""
-    _refuse_processes("pmap")
+    refuse_processes("pmap")
     return Strategy(pmapped(num_devices), lanes, max_resident_bytes)
 
 
@@ -51,11 +50,3 @@ def auto(lanes: Lanes = "auto", max_resident_bytes: int | None = None) -> Strate
         processes,
     )
     return chosen(lanes, max_resident_bytes)
-
-
-def _refuse_processes(name: str) -> None:
-    if jax.process_count() > 1:
-        raise UserError(
-            f"the strategy {name} is for one process and there are {jax.process_count()}; "
-            "use train.strategy = @mesh()"
-        )

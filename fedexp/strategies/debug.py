@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedexp.algorithms.base import ClientWork
-from fedexp.strategies.base import Strategy
+from fedexp.strategies.base import Strategy, refuse_processes
 from fedexp.strategies.engine import DeviceWork, take_batch
 from fedexp.strategies.placement import one_device
 
@@ -26,6 +26,7 @@ def debug() -> Strategy:
     Use it to step through an algorithm with a debugger. It also stops at the first step that makes a
     carry not finite, where compiled strategies only see the round's sums.
     """
+    refuse_processes("debug")
     return Strategy(one_device(), lanes=1, run_clients=_run_clients, compiled=False)
 
 

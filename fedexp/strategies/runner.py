@@ -91,11 +91,11 @@ class Runner:
         )
         self._borders = _shares(dataset, self.placement.num_processes)
         number = int(np.flatnonzero(np.unique(self.placement.processes) == jax.process_index())[0])
-        self._own = slice(*self._borders[number : number + 2])
+        self._own = range(*self._borders[number : number + 2].tolist())
         self._resident = self._make_resident(strategy.max_resident_bytes)
         self.client_states: ClientStates | None = None
         if algorithm.init_client_state is not None:
-            self.client_states = ClientStates(algorithm.init_client_state(params))
+            self.client_states = ClientStates(algorithm.init_client_state(params), self._own)
         self.compilations = 0
         self._round = self._interpreted
         if strategy.compiled:

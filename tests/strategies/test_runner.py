@@ -141,15 +141,23 @@ def test_bad_lanes_are_refused(lanes):
 
 
 def test_client_states_return_what_was_stored_and_survive_a_checkpoint():
-    states = ClientStates({"c": np.zeros(2, np.float32)})
+    states = ClientStates({"c": np.zeros(2, np.float32)}, range(8))
     table = {"c": np.array([[1, 2], [9, 9], [3, 4]], np.float32)}
     states.scatter(np.array([5, 2]), np.array([0, 2]), table)
     gathered = states.gather(np.array([2, 7, 5]), np.array([0, 1, 3]), (2, 2))
     assert gathered["c"].tolist() == [[[3, 4], [0, 0]], [[0, 0], [1, 2]]]
-    restored = ClientStates({"c": np.zeros(2, np.float32)})
+    restored = ClientStates({"c": np.zeros(2, np.float32)}, range(8))
     restored.load(states.save())
     gathered = restored.gather(np.array([2, 5]), np.array([0, 1]), (2,))
     assert gathered["c"].tolist() == [[3, 4], [1, 2]]
+
+
+def test_a_process_takes_over_the_states_of_its_own_clients_only():
+    everything = ClientStates({"c": np.zeros(1, np.float32)}, range(8))
+    everything.scatter(np.array([1, 6]), np.array([0, 1]), {"c": np.array([[1], [6]], np.float32)})
+    own = ClientStates({"c": np.zeros(1, np.float32)}, range(4, 8))
+    own.load(everything.save())
+    assert own.save()["clients"].tolist() == [6]
 
 
 def collectives(jaxpr, in_loop: bool = False) -> list[bool]:

@@ -26,8 +26,9 @@ def start(
     """Starts JAX, before anything asks it for devices.
 
     A process joins others if `JAX_COORDINATOR_ADDRESS` (host:port), `JAX_NUM_PROCESSES` and
-    `JAX_PROCESS_ID` are set, or if `FEDEXP_DISTRIBUTED` is 'auto', where JAX finds out by itself (Slurm,
-    cloud TPU). These are not bindings, because they are not part of the experiment.
+    `JAX_PROCESS_ID` are set. In a Slurm step of several tasks, on a TPU slice of several hosts, and
+    where `FEDEXP_DISTRIBUTED` is 'auto', JAX finds these out by itself. They are not bindings, because
+    they are not part of the experiment.
 
     Args:
       num_cpu_devices: virtual CPU devices of this process, to try several "cores" on any machine.
@@ -110,10 +111,8 @@ def _from_environment() -> dict[str, Any] | None:
     """Arguments for jax.distributed.initialize; None for a run of one process."""
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     found = {name: os.environ[name] for name in names if name in os.environ}
-    if os.environ.get("FEDEXP_DISTRIBUTED") == "auto" and not found:
-        return {}
     if not found:
-        return None
+        return {} if _in_a_cluster() else None
     try:
         return {
             "coordinator_address": found["JAX_COORDINATOR_ADDRESS"],
@@ -126,3 +125,12 @@ def _from_environment() -> dict[str, Any] | None:
             f"a run of several processes needs {', '.join(names)}, the last two as numbers; "
             f"this environment has {found}"
         ) from error
+
+
+def _in_a_cluster() -> bool:
+    """Whether this is one of several processes of a kind that JAX can tell about."""
+    return (
+        os.environ.get("FEDEXP_DISTRIBUTED") == "auto"
+        or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+        or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    )

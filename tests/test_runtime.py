@@ -1,0 +1,68 @@
+"""Which environment makes a process join others."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedexp import runtime
+from fedexp.errors import UserError
+
+EXPLICIT = {
+    "JAX_COORDINATOR_ADDRESS": "host:1234",
+    "JAX_NUM_PROCESSES": "4",
+    "JAX_PROCESS_ID": "3",
+}
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """Calls runtime.start in an environment; returns what JAX was told, or None."""
+    told = []
+    monkeypatch.setattr("jax.distributed.initialize", lambda **arguments: told.append(arguments))
+    for name in (*EXPLICIT, "FEDEXP_DISTRIBUTED", "SLURM_STEP_NUM_TASKS", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+
+    def start(env: dict[str, str]) -> dict | None:
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        runtime.start()
+        return told[-1] if told else None
+
+    return start
+
+
+@pytest.mark.parametrize(
+    "env", [{}, {"SLURM_STEP_NUM_TASKS": "1"}, {"TPU_WORKER_HOSTNAMES": "localhost"}]
+)
+def test_a_single_process_joins_nobody(joined, env):
+    assert joined(env) is None
+
+
+def test_the_coordinator_can_be_named(joined):
+    told = joined(EXPLICIT)
+    assert told["coordinator_address"] == "host:1234"
+    assert (told["num_processes"], told["process_id"]) == (4, 3)
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"FEDEXP_DISTRIBUTED": "auto"},
+        {"SLURM_STEP_NUM_TASKS": "2"},
+        {"TPU_WORKER_HOSTNAMES": "a,b"},
+    ],
+)
+def test_a_cluster_is_left_to_jax(joined, env):
+    told = joined(env)
+    assert told is not None and "coordinator_address" not in told
+
+
+@pytest.mark.parametrize("env", [{"JAX_PROCESS_ID": "0"}, EXPLICIT | {"JAX_PROCESS_ID": "one"}])
+def test_half_an_environment_is_refused(joined, env):
+    with pytest.raises(UserError, match="needs JAX_COORDINATOR_ADDRESS"):
+        joined(env)
+
+
+def test_no_virtual_devices_are_refused():
+    with pytest.raises(UserError, match="num_cpu_devices must be at least 1, got 0"):
+        runtime.start(num_cpu_devices=0)

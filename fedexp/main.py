@@ -6,6 +6,9 @@ python -m fedexp.main --gin_file=emnist_fedadam.gin --workdir=runs/fedadam --gin
 from __future__ import annotations
 
 import logging
+import os
+import shutil
+import sys
 from collections.abc import Sequence
 
 from absl import app, flags
@@ -50,8 +53,15 @@ def main(argv: Sequence[str]) -> int:
     if runtime.is_first():
         progress.print_table(result.history)
         if _WORKDIR.value:
-            print(f"tensorboard --logdir {_WORKDIR.value}")
+            print(f"{_tensorboard()} --logdir {_WORKDIR.value}")
     return 0 if result.stopped_by is None else 128 + result.stopped_by
+
+
+def _tensorboard() -> str:
+    """The command as the user's shell finds it, also where no virtual environment is active."""
+    if shutil.which("tensorboard"):
+        return "tensorboard"
+    return os.path.relpath(os.path.join(os.path.dirname(sys.executable), "tensorboard"))
 
 
 def _without_gin_frames(message: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +50,9 @@ def test_gin_bindings_is_an_alias_of_gin_param(tmp_path):
     done = fedexp(LINEAR, "--gin_bindings=train.num_rounds = 2", f"--workdir={tmp_path}/run")
     assert done.returncode == 0, done.stderr
     assert "round 2/2" in done.stderr
-    assert f"tensorboard --logdir {tmp_path}/run" in done.stdout
+    start = done.stdout.splitlines()[-1]
+    assert start.endswith(f"tensorboard --logdir {tmp_path}/run")
+    assert shutil.which(start.split()[0]) or (REPOSITORY / start.split()[0]).exists()
     assert "train.num_rounds = 2" in (tmp_path / "run" / "config.gin").read_text()
 
 

@@ -11,9 +11,6 @@ from fedexp.errors import UserError
 Clients = dict[str, dict[str, np.ndarray]]
 SEEDS = st.integers(0, 2**32)
 
-hypothesis.settings.register_profile("fedexp", deadline=None)
-hypothesis.settings.load_profile("fedexp")
-
 
 @st.composite
 def clients_strategy(draw, min_clients: int = 1, min_size: int = 1) -> Clients:

@@ -11,9 +11,6 @@ from fedexp.errors import UserError
 
 SEEDS = st.integers(0, 2**32)
 
-hypothesis.settings.register_profile("fedexp", deadline=None)
-hypothesis.settings.load_profile("fedexp")
-
 
 def _ids(num_clients: int) -> np.ndarray:
     return np.array([f"c{i}" for i in range(num_clients)])

@@ -140,7 +140,7 @@ class Evaluator:
                 confusion += confusion_counts(labels, predictions, batch.mask, len(confusion))
             return (), (jax.tree.map(jnp.add, per_client, added), confusion)
 
-        _, sums = self._placement.run(self._placement, on_device, params, (sums, batch))
+        _, sums = self._placement.run(on_device, params, (sums, batch))
         return sums
 
     def _sum_over_devices(self, sums: PyTree) -> PyTree:

@@ -30,12 +30,24 @@ class Placement:
 
     Attributes:
       mesh: one-dimensional; consecutive devices belong to the same process.
-      run: (placement, function, shared, parts) -> (total, each): runs `function(shared, part)` on
-        every device, sums `total` over them, and returns `each` with the leading axis.
+      transform: (mesh, function) -> what `run` calls with (shared, parts).
     """
 
     mesh: Mesh
-    run: Callable[[Placement, DeviceFunction, PyTree, PyTree], tuple[PyTree, PyTree]]
+    transform: Callable[[Mesh, DeviceFunction], DeviceFunction]
+
+    def run(self, function: DeviceFunction, shared: PyTree, parts: PyTree) -> tuple[PyTree, PyTree]:
+        """Runs `function` on every device, and sums `total` over them.
+
+        Args:
+          function: (shared, part) -> (total, each).
+          shared: replicated.
+          parts: arrays (D, ...), a row for every device.
+
+        Returns:
+          total, replicated; and each, arrays (D, ...).
+        """
+        return self.transform(self.mesh, function)(shared, parts)
 
     @property
     def num_devices(self) -> int:
@@ -92,12 +104,12 @@ class Placement:
 
 def one_device() -> Placement:
     """The first device, with nothing to sum over."""
-    return Placement(_row(jax.local_devices()[:1]), _run_alone)
+    return Placement(_row(jax.local_devices()[:1]), _alone)
 
 
 def pmapped(num_devices: int | None = None) -> Placement:
     """This process's first `num_devices` devices, all if None, through `jax.pmap`."""
-    return Placement(_row(_first(num_devices, jax.local_devices())), _run_pmapped)
+    return Placement(_row(_first(num_devices, jax.local_devices())), _pmapped)
 
 
 def meshed(num_devices: int | None = None) -> Placement:
@@ -107,7 +119,7 @@ def meshed(num_devices: int | None = None) -> Placement:
         for process in range(jax.process_count())
         for device in _first(num_devices, jax.local_devices(process))
     ]
-    return Placement(_row(devices), _run_meshed)
+    return Placement(_row(devices), _meshed)
 
 
 def _first(num_devices: int | None, devices: list[jax.Device]) -> list[jax.Device]:
@@ -123,31 +135,30 @@ def _row(devices: list[jax.Device]) -> Mesh:
     return Mesh(np.array(devices), (_AXIS,), axis_types=(AxisType.Auto,))
 
 
-def _run_alone(placement, function, shared, parts):
-    del placement
-    total, each = function(shared, jax.tree.map(lambda leaf: leaf[0], parts))
-    return total, jax.tree.map(lambda leaf: leaf[None], each)
+def _alone(mesh: Mesh, function: DeviceFunction) -> DeviceFunction:
+    del mesh
+    return _on_only_row(function)
 
 
-def _run_pmapped(placement, function, shared, parts):
-    devices = list(placement.mesh.devices)
-    run = jax.pmap(_summed(function), _AXIS, in_axes=(None, 0), out_axes=(None, 0), devices=devices)
-    return run(shared, parts)
+def _pmapped(mesh: Mesh, function: DeviceFunction) -> DeviceFunction:
+    devices = list(mesh.devices)
+    axes = {"in_axes": (None, 0), "out_axes": (None, 0)}
+    return jax.pmap(_summed(function), _AXIS, devices=devices, **axes)
 
 
-def _run_meshed(placement, function, shared, parts):
-    def on_device(shared, parts):
-        total, each = _summed(function)(shared, jax.tree.map(lambda leaf: leaf[0], parts))
-        return total, jax.tree.map(lambda leaf: leaf[None], each)
+def _meshed(mesh: Mesh, function: DeviceFunction) -> DeviceFunction:
+    specs = {"in_specs": (_WHOLE, _SPLIT), "out_specs": (_WHOLE, _SPLIT)}
+    return jax.shard_map(_on_only_row(_summed(function)), mesh=mesh, check_vma=False, **specs)
 
-    run = jax.shard_map(
-        on_device,
-        mesh=placement.mesh,
-        in_specs=(_WHOLE, _SPLIT),
-        out_specs=(_WHOLE, _SPLIT),
-        check_vma=False,
-    )
-    return run(shared, parts)
+
+def _on_only_row(function: DeviceFunction) -> DeviceFunction:
+    """Takes the leading axis of length 1 off the part, and gives it back to `each`."""
+
+    def run(shared, parts):
+        total, each = function(shared, jax.tree.map(lambda leaf: leaf[0], parts))
+        return total, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], each)
+
+    return run
 
 
 def _summed(function: DeviceFunction) -> DeviceFunction:

@@ -190,8 +190,9 @@ class Runner:
     def start(self, params: PyTree) -> PyTree:
         """The algorithm's first server state, on all devices."""
         # A restored state has no weak types, so neither may a first one: they compile differently.
+        # Copies, because rounds donate it.
         state = jax.tree.map(
-            lambda leaf: np.asarray(leaf, jax.numpy.result_type(leaf)), self._algorithm.init(params)
+            lambda leaf: np.array(leaf, jax.numpy.result_type(leaf)), self._algorithm.init(params)
         )
         return self.placement.replicate(state)
 
@@ -228,7 +229,6 @@ class Runner:
                 lambda leaf: leaf.reshape(*inputs.index.shape, *leaf.shape[1:]), cohort.clients
             )
             total, each = self.placement.run(
-                self.placement,
                 lambda shared, part: self._strategy.run_clients(work, shared, part),
                 shared,
                 DeviceWork(inputs.schedule, examples, clients),

@@ -37,7 +37,7 @@ def start(
 
     Raises:
       UserError: variables that are missing or wrong.
-      SystemExit: the other processes do not come.
+      SystemExit: JAX refuses to join. If the others do not come in time, JAX itself aborts.
     """
     if num_cpu_devices is not None:
         if num_cpu_devices < 1:

@@ -55,13 +55,14 @@ class AdaptiveState(NamedTuple):
     v: Any
 
 
-def _scale_by_algorithm_2(
+def _algorithm_2(
+    learning_rate: ScalarOrSchedule,
     second_moment: Callable[[jax.Array, jax.Array], jax.Array],
     b1: float,
     eps: float,
     initial_accumulator_value: float,
 ) -> optax.GradientTransformation:
-    """m / (sqrt(v) + eps), without bias correction (Reddi et al. 2021, Algorithm 2)."""
+    """Steps by eta m / (sqrt(v) + eps), without bias correction (Reddi et al. 2021, Algorithm 2)."""
 
     def init(params):
         return AdaptiveState(
@@ -79,7 +80,9 @@ def _scale_by_algorithm_2(
         )
         return updates, AdaptiveState(m, v)
 
-    return optax.GradientTransformation(init, update)
+    return optax.chain(
+        optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate)
+    )
 
 
 @gin.configurable(module="optimizers")
@@ -104,10 +107,9 @@ def adam(
     """
     if bias_correction:
         return optax.adam(learning_rate, b1, b2, eps)
-    moment = _scale_by_algorithm_2(
-        lambda g, v: b2 * v + (1 - b2) * g**2, b1, eps, initial_accumulator_value
+    return _algorithm_2(
+        learning_rate, lambda g, v: b2 * v + (1 - b2) * g**2, b1, eps, initial_accumulator_value
     )
-    return optax.chain(moment, optax.scale_by_learning_rate(learning_rate))
 
 
 @gin.configurable(module="optimizers")
@@ -126,8 +128,7 @@ def adagrad(
       eps: the paper's adaptivity tau, outside the square root (`optax.adagrad` has it inside).
       initial_accumulator_value: v before the first update.
     """
-    moment = _scale_by_algorithm_2(lambda g, v: v + g**2, b1, eps, initial_accumulator_value)
-    return optax.chain(moment, optax.scale_by_learning_rate(learning_rate))
+    return _algorithm_2(learning_rate, lambda g, v: v + g**2, b1, eps, initial_accumulator_value)
 
 
 @gin.configurable(module="optimizers")
@@ -148,10 +149,13 @@ def yogi(
       eps: the paper's adaptivity tau, outside the square root.
       initial_accumulator_value: v before the first update (`optax.yogi` starts at 1e-6).
     """
-    moment = _scale_by_algorithm_2(
-        lambda g, v: v - (1 - b2) * g**2 * jnp.sign(v - g**2), b1, eps, initial_accumulator_value
+    return _algorithm_2(
+        learning_rate,
+        lambda g, v: v - (1 - b2) * g**2 * jnp.sign(v - g**2),
+        b1,
+        eps,
+        initial_accumulator_value,
     )
-    return optax.chain(moment, optax.scale_by_learning_rate(learning_rate))
 
 
 for _name in _OPTAX_OPTIMIZERS:

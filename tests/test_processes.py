@@ -90,7 +90,7 @@ def test_a_lost_process_ends_the_run_and_one_process_finishes_it(tmp_path, victi
     wait_for_checkpoint(running, tmp_path / "lost", 30)
     os.kill(running[victim].pid, signal.SIGKILL)
     (code, errors) = finish(running, timeout=40)[1 - victim]
-    assert code in (75, 134), errors
+    assert code in (75, -signal.SIGABRT), errors  # Ours, or the abort of JAX's own runtime.
     assert "another process is lost" in errors or "another task died" in errors
     assert not (tmp_path / "lost" / "final.json").exists()
 

@@ -28,6 +28,7 @@ class ClientBatching:
         padded batch, a step on these examples alone (as in TensorFlow Federated); 'drop': a pass ends
         before them, but a client smaller than one batch keeps it; 'fill': passes follow one another
         without a seam, and the last batch is filled up from one pass more (as in FedJAX).
+      max_examples: a client with more examples trains on its first ones, and weighs no more than these.
 
     Raises:
       UserError: a number below 1, or an unknown remainder.
@@ -38,9 +39,10 @@ class ClientBatching:
     local_steps: int | None = None
     shuffle: bool = True
     remainder: Literal["mask", "drop", "fill"] = "mask"
+    max_examples: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "local_epochs", "local_steps"):
+        for name in ("batch_size", "local_epochs", "local_steps", "max_examples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"ClientBatching.{name} must be at least 1, got {value}")
@@ -48,6 +50,10 @@ class ClientBatching:
             raise UserError(
                 f"ClientBatching.remainder must be 'mask', 'drop' or 'fill', got {self.remainder!r}"
             )
+
+    def used(self, sizes: np.ndarray) -> np.ndarray:
+        """How many examples clients of these sizes train on; the other methods take these numbers."""
+        return sizes if self.max_examples is None else np.minimum(sizes, self.max_examples)
 
     def num_steps(self, sizes: np.ndarray) -> np.ndarray:
         """Local steps of clients with the given numbers of examples, in the shape of `sizes`."""

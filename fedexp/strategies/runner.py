@@ -103,7 +103,7 @@ class Runner:
 
     def prepare(self, round_: int, clients: np.ndarray) -> PreparedRound:
         """Draws the cohort's batches, packs them and starts their transfer to the devices."""
-        sizes = self._dataset.client_sizes[clients]
+        sizes = self._batching.used(self._dataset.client_sizes[clients])
         steps = self._batching.num_steps(sizes)
         lane_of, start_of = self._assign(clients, steps)
         device_of, lane_of = np.divmod(lane_of, self._lanes)
@@ -115,7 +115,7 @@ class Runner:
         if self._resident is None:
             num_rows = np.bincount(device_of, weights=sizes).max(initial=0)
             num_rows = _bucket(int(num_rows), self._capacity.examples)
-            examples = self._gather([clients[own] for own in members], num_rows)
+            examples = self._gather([(clients[own], sizes[own]) for own in members], num_rows)
             firsts = np.zeros(len(clients), np.int64)
             for own in members:
                 firsts[own] = np.cumsum(sizes[own]) - sizes[own]
@@ -281,19 +281,25 @@ class Runner:
 
         return self.placement.split(jax.tree.map(copies, share))
 
-    def _gather(self, clients_by_device: list[np.ndarray], rows: int) -> dict[str, jax.Array]:
-        """Copies the examples of each device's clients side by side and starts their transfer."""
+    def _gather(
+        self, shares: list[tuple[np.ndarray, np.ndarray]], rows: int
+    ) -> dict[str, jax.Array]:
+        """Copies the first examples of each device's clients side by side and starts their transfer.
+
+        Args:
+          shares: per device, its clients and how many examples of each.
+          rows: examples to pad each device's to.
+        """
         examples = {
-            name: np.zeros((len(clients_by_device), rows, *array.shape[1:]), array.dtype)
+            name: np.zeros((len(shares), rows, *array.shape[1:]), array.dtype)
             for name, array in self._dataset.features.items()
         }
-        for device, clients in enumerate(clients_by_device):
-            begin = 0
-            for client in clients:
-                end = begin + int(self._dataset.client_sizes[client])
-                for name, array in self._dataset.client(client).items():
-                    examples[name][device, begin:end] = array
-                begin = end
+        for device, (clients, sizes) in enumerate(shares):
+            ends = np.cumsum(sizes)
+            for client, size, end in zip(clients, sizes, ends, strict=True):
+                first = self._dataset.offsets[client]
+                for name, array in self._dataset.slice(first, first + size).items():
+                    examples[name][device, end - size : end] = array
         return self.placement.split(examples)
 
 
@@ -313,7 +319,8 @@ class _Capacity(NamedTuple):
         lanes: int,
         devices: int,
     ) -> _Capacity:
-        sizes, steps = dataset.client_sizes, batching.num_steps(dataset.client_sizes)
+        sizes = batching.used(dataset.client_sizes)
+        steps = batching.num_steps(sizes)
         share = 1.5 * cohort_size / devices
         return cls(
             slots=cohort_size if devices == 1 else min(cohort_size, math.ceil(share) + 2),

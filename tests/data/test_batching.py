@@ -87,7 +87,7 @@ def test_shuffling_differs_between_epochs():
     assert (first != second).any()
 
 
-@pytest.mark.parametrize("field", ["batch_size", "local_epochs", "local_steps"])
+@pytest.mark.parametrize("field", ["batch_size", "local_epochs", "local_steps", "max_examples"])
 def test_zero_is_refused_by_name(field):
     with pytest.raises(UserError, match=f"{field} must be at least 1, got 0"):
         ClientBatching(**{field: 0})

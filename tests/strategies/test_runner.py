@@ -9,22 +9,22 @@ import pytest
 
 from fedexp.algorithms import fedavg, scaffold
 from fedexp.algorithms.base import Algorithm, ClientWork, RoundOutput
-from fedexp.data.batching import ClientBatching
+from fedexp.data import ClientBatching, FederatedDataset
 from fedexp.errors import UserError
 from fedexp.strategies import Runner, debug, jit, mesh, pmap
 from fedexp.strategies.client_states import ClientStates
 from tests.support import linear
 
 
-def bind(strategy, algorithm=None, cohort_size=4):
+def bind(strategy, algorithm=None, cohort_size=4, batching=None, dataset=None):
     task = linear.task()
     algorithm = algorithm or fedavg(task, optax.sgd(0.05), optax.sgd(1.0))
     params = task.init(jax.random.key(0), None)
     runner = Runner(
         strategy,
         algorithm,
-        linear.dataset(),
-        ClientBatching(4),
+        dataset or linear.dataset(),
+        batching or ClientBatching(4),
         params=params,
         cohort_size=cohort_size,
         seed=0,
@@ -79,6 +79,23 @@ def test_resident_and_streamed_examples_give_the_same_round():
         prepared = runner.prepare(0, cohort)
         results.append(runner.run(state, prepared).server_state.params)
     np.testing.assert_array_equal(results[0]["w"], results[1]["w"])
+
+
+@pytest.mark.parametrize("max_resident_bytes", [None, 1])
+def test_max_examples_is_as_if_clients_had_only_their_first_ones(max_resident_bytes):
+    """Unshuffled, because a permutation of fewer examples draws other numbers."""
+    whole = linear.dataset()
+    clients = {cid: {k: v[:6] for k, v in examples.items()} for cid, examples in whole.clients()}
+    truncated = FederatedDataset.from_clients(clients)
+    results = []
+    for dataset, limit in ((whole, 6), (truncated, None)):
+        batching = ClientBatching(4, shuffle=False, max_examples=limit)
+        strategy = jit(1, max_resident_bytes=max_resident_bytes)
+        runner, state = bind(strategy, batching=batching, dataset=dataset)
+        prepared = runner.prepare(0, np.array([0, 3, 6]))
+        assert prepared.num_examples == 3 + 6 + 6
+        results.append(runner.run(state, prepared).server_state.params["w"])
+    np.testing.assert_array_equal(*results)
 
 
 def test_resident_rounds_transfer_no_examples():

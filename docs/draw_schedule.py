@@ -47,7 +47,7 @@ def packed(sizes: np.ndarray, lanes: int) -> Schedule:
         lanes=lanes,
         slots=len(sizes),
         steps=steps,
-        batch_size=_BATCHING.batch_size,
+        batch_sizes=(_BATCHING.batch_size,),
     )
 
 

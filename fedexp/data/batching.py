@@ -72,6 +72,19 @@ class ClientBatching:
             return np.minimum(full, self.local_epochs * sizes)
         return full
 
+    def fill_counts(self, sizes: np.ndarray) -> np.ndarray:
+        """How many of those clients' batches hold r real examples, (batch_size + 1,) int64 over r."""
+        partial = np.zeros(0, np.int64)
+        if self.local_steps is None and self.remainder == "mask":
+            partial = sizes % self.batch_size
+        elif self.local_steps is None and self.remainder == "drop":
+            partial = sizes[sizes < self.batch_size]
+        counts = self.local_epochs * np.bincount(
+            partial[partial > 0], minlength=self.batch_size + 1
+        )
+        counts[self.batch_size] = self.num_steps(sizes).sum() - counts.sum()
+        return counts
+
     def _steps_per_epoch(self, sizes: np.ndarray) -> np.ndarray:
         if self.remainder == "drop":
             return np.maximum(sizes // self.batch_size, 1)

@@ -7,6 +7,7 @@ those. `python -m benchmarks.convolution_in_loop` prints the measurements behind
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -158,11 +159,12 @@ def dropout(key: jax.Array, x: jax.Array, rate: float) -> jax.Array:
 
     A decision takes 8 random bits, so four share one random word and the rate is rounded to a
     multiple of 1/256, exactly so for 0.25 and 0.5; the scale is that of the rounded rate. With a
-    threefry key the mask depends on nothing but the key and x's shape: not on vmap, not on the device.
+    threefry key an example's mask depends on nothing but the key, its place in the batch and its
+    shape: not on vmap, the device, or how many examples follow it.
 
     Args:
       key: a PRNG key.
-      x: any shape, floating.
+      x: (B, ...) floating.
       rate: between 0 (x unchanged) and 1 (all zeros).
     """
     dropped = round(256 * rate)
@@ -170,9 +172,10 @@ def dropout(key: jax.Array, x: jax.Array, rate: float) -> jax.Array:
         return x
     if dropped == 256:
         return jnp.zeros_like(x)
-    words = jax.random.bits(key, (-(-x.size // 4),), jnp.uint32)
-    octets = jnp.concatenate([words >> shift & 255 for shift in (0, 8, 16, 24)])
-    keep = octets[: x.size].reshape(x.shape) >= dropped
+    size = math.prod(x.shape[1:])
+    words = jax.random.bits(key, (len(x), -(-size // 4)), jnp.uint32)
+    octets = jnp.concatenate([words >> shift & 255 for shift in (0, 8, 16, 24)], axis=1)
+    keep = octets[:, :size].reshape(x.shape) >= dropped
     return jnp.where(keep, x * (256 / (256 - dropped)), 0).astype(x.dtype)
 
 

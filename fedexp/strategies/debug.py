@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gin
@@ -30,7 +30,9 @@ def debug() -> Strategy:
     return Strategy(one_device(), lanes=1, run_clients=_run_clients, compiled=False)
 
 
-def _run_clients(work: ClientWork, shared: PyTree, part: DeviceWork) -> tuple[PyTree, PyTree]:
+def _run_clients(
+    work: ClientWork, shared: PyTree, part: DeviceWork, batch_sizes: Sequence[int]
+) -> tuple[PyTree, PyTree]:
     schedule, examples, clients = part
     total, each = None, {}
     for segment in range(int(schedule.num_segments)):
@@ -41,7 +43,8 @@ def _run_clients(work: ClientWork, shared: PyTree, part: DeviceWork) -> tuple[Py
             begin, end = (int(schedule.bounds[segment + i]) for i in (0, 1))
             for t in range(begin, end):
                 with _note(f"at local step {t - begin}"):
-                    batch = take_batch(examples, schedule.rows[t, 0])
+                    size = batch_sizes[int(schedule.widths[t])]
+                    batch = take_batch(examples, schedule.rows[t, 0, :size])
                     key = jax.random.fold_in(client.key, t - begin)
                     carry = work.step(shared, carry, batch, key)
                     _check_finite(carry)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,8 +37,16 @@ def take_batch(examples: dict[str, jax.Array], rows: jax.Array) -> Batch:
     )
 
 
-def run_clients(work: ClientWork, shared: PyTree, part: DeviceWork) -> tuple[PyTree, PyTree]:
+def run_clients(
+    work: ClientWork, shared: PyTree, part: DeviceWork, batch_sizes: Sequence[int]
+) -> tuple[PyTree, PyTree]:
     """Runs `work` for the clients of one device; returns their (total, each).
+
+    Args:
+      work: what a client does.
+      shared: what all of them are given.
+      part: the device's share.
+      batch_sizes: a step is compiled for each; `schedule.widths` tells which one to take.
 
     The loop over steps holds nothing but `work.step`. Carries are made and finished between segments, so
     the passes over the parameters that `init` and `finish` cost are paid per client, not per step.
@@ -61,7 +69,12 @@ def run_clients(work: ClientWork, shared: PyTree, part: DeviceWork) -> tuple[PyT
 
         def one_step(t, carry):
             keys = jax.vmap(jax.random.fold_in)(client.key, t - starts)
-            return step(carry, take_batch(examples, schedule.rows[t]), keys)
+
+            def of_size(size):
+                rows = schedule.rows[t, :, :size]
+                return lambda carry: step(carry, take_batch(examples, rows), keys)
+
+            return jax.lax.switch(schedule.widths[t], [*map(of_size, batch_sizes)], carry)
 
         fresh = init(client)
         # With a single lane every segment is one whole client: nothing to choose between.

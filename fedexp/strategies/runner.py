@@ -89,6 +89,9 @@ class Runner:
         self._capacity = _Capacity.of(
             dataset, batching, cohort_size, self._lanes, self.placement.num_devices
         )
+        self._batch_sizes = schedule_lib.batch_sizes(
+            batching.fill_counts(batching.used(dataset.client_sizes)), strategy.batch_sizes
+        )
         self._borders = _shares(dataset, self.placement.num_processes)
         number = int(np.flatnonzero(np.unique(self.placement.processes) == jax.process_index())[0])
         self._own = range(*self._borders[number : number + 2].tolist())
@@ -136,7 +139,7 @@ class Runner:
                 lanes=self._lanes,
                 slots=num_slots,
                 steps=num_steps,
-                batch_size=self._batching.batch_size,
+                batch_sizes=self._batch_sizes,
             )
             for own in members
         ]
@@ -158,7 +161,10 @@ class Runner:
             schedule=split(schedule),
         )
         real = sum(int((one.rows >= 0).sum()) for one in schedules)
-        run = sum(int(one.bounds[one.num_segments]) for one in schedules) * schedule.rows[0, 0].size
+        computed = self._lanes * sum(
+            int(np.take(self._batch_sizes, one.widths[: one.bounds[one.num_segments]]).sum())
+            for one in schedules
+        )
         return PreparedRound(
             round=round_,
             clients=clients,
@@ -166,7 +172,7 @@ class Runner:
             inputs=inputs,
             examples=examples,
             num_examples=int(self._batching.num_examples(sizes).sum()),
-            utilisation=real / max(run, 1),
+            utilisation=real / max(computed, 1),
         )
 
     def run(self, server_state: PyTree, prepared: PreparedRound) -> RoundOutput:
@@ -224,12 +230,14 @@ class Runner:
         def flat(tree: PyTree) -> PyTree:
             return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
 
+        run_clients = self._strategy.run_clients
+
         def for_each_client(work: ClientWork, shared: PyTree, cohort: Cohort):
             clients = jax.tree.map(
                 lambda leaf: leaf.reshape(*inputs.index.shape, *leaf.shape[1:]), cohort.clients
             )
             total, each = self.placement.run(
-                lambda shared, part: self._strategy.run_clients(work, shared, part),
+                lambda shared, part: run_clients(work, shared, part, self._batch_sizes),
                 shared,
                 DeviceWork(inputs.schedule, examples, clients),
             )
@@ -295,6 +303,7 @@ class Runner:
             for name, array in self._dataset.features.items()
         }
         for device, (clients, sizes) in enumerate(shares):
+            self._dataset.prefetch(clients)
             ends = np.cumsum(sizes)
             for client, size, end in zip(clients, sizes, ends, strict=True):
                 first = self._dataset.offsets[client]

@@ -22,7 +22,8 @@ class Schedule(NamedTuple):
     T >= total steps, S = client slots, L = lanes, B = batch size; only the first `num_segments` count.
 
     Attributes:
-      rows: (T, L, B) int32, row of each example in the examples array; -1 is padding.
+      rows: (T, L, B) int32, row of each example in the examples array; -1 is padding, and last.
+      widths: (T,) int32, which of the compiled batch sizes holds the step's largest batch.
       bounds: (S + 1,) int32, segment s is steps bounds[s]:bounds[s + 1].
       slots: (S, L) int32, the client slot that lane l works for in segment s; S when it is idle.
       starts: (S, L) int32, the step at which that client began.
@@ -31,6 +32,7 @@ class Schedule(NamedTuple):
     """
 
     rows: np.ndarray
+    widths: np.ndarray
     bounds: np.ndarray
     slots: np.ndarray
     starts: np.ndarray
@@ -46,23 +48,25 @@ def pack(
     lanes: int,
     slots: int,
     steps: int,
-    batch_size: int,
+    batch_sizes: Sequence[int],
 ) -> Schedule:
     """Lays the clients' batches out on their lanes.
 
     Args:
-      batches: per client, its batches (num_steps_i, B) int; -1 is padding.
+      batches: per client, its batches (num_steps_i, B) int; -1 is padding, and last.
       lane_of: (num_clients,) int, the lane of each client.
       start_of: (num_clients,) int, its first step; lanes run their clients without a gap.
       lanes: L.
       slots: S, the client slots to pad to.
       steps: T, the steps to pad to.
-      batch_size: B.
+      batch_sizes: the compiled ones, ascending; the last is B.
     """
     end_of = start_of + np.array([len(client) for client in batches], np.int64)
-    rows = np.full((steps, lanes, batch_size), -1, np.int32)
+    rows = np.full((steps, lanes, batch_sizes[-1]), -1, np.int32)
     for client, lane, start, end in zip(batches, lane_of, start_of, end_of, strict=True):
         rows[start:end, lane] = client
+    fullest = (rows >= 0).sum(axis=2).max(axis=1)
+    widths = np.searchsorted(batch_sizes, fullest).astype(np.int32)
 
     edges = np.unique(np.concatenate([[0], end_of]))
     num_segments = len(edges) - 1
@@ -77,7 +81,7 @@ def pack(
         slot[first[client] : last[client], lane] = client
         starts[first[client] : last[client], lane] = start_of[client]
         ends[last[client] - 1, lane] = True
-    return Schedule(rows, bounds, slot, starts, ends, np.int32(num_segments))
+    return Schedule(rows, widths, bounds, slot, starts, ends, np.int32(num_segments))
 
 
 def assign(lengths: Sequence[int], lanes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -97,3 +101,29 @@ def assign(lengths: Sequence[int], lanes: int) -> tuple[np.ndarray, np.ndarray]:
         start[client], lane[client] = heapq.heappop(free)
         heapq.heappush(free, (int(start[client] + lengths[client]), int(lane[client])))
     return lane, start
+
+
+def batch_sizes(counts: np.ndarray, most: int) -> tuple[int, ...]:
+    """Chooses up to `most` batch sizes to compile, so that small batches are padded to a smaller one.
+
+    Args:
+      counts: (B + 1,) int, how many batches hold 0, ..., B real examples.
+      most: at most so many; a further size has to save another 5 % of the computed examples.
+
+    Returns:
+      Ascending; the last is B.
+    """
+    full = len(counts) - 1
+    real = np.arange(len(counts))
+
+    def computed(sizes: tuple[int, ...]) -> int:
+        return int(np.array(sizes)[np.searchsorted(sizes, real)] @ counts)
+
+    best = (full,)
+    while len(best) < min(most, full):
+        candidates = [tuple(sorted({*best, size})) for size in range(1, full) if size not in best]
+        better = min(candidates, key=computed)
+        if computed(better) > 0.95 * computed(best):
+            break
+        best = better
+    return best

@@ -82,6 +82,26 @@ def test_num_examples_counts_what_is_not_padding(size, batch_size, epochs, remai
     assert batching.num_examples(np.array([size])) == [real]
 
 
+@given(
+    st.lists(sizes, min_size=1, max_size=5),
+    batch_sizes,
+    st.integers(1, 3),
+    st.sampled_from(["mask", "drop", "fill"]),
+    st.sampled_from([None, 1, 5]),
+)
+def test_fill_counts_counts_real_examples_per_batch(sizes, batch_size, epochs, remainder, steps):
+    batching = ClientBatching(batch_size, epochs, steps, remainder=remainder)
+    real = np.concatenate([(draw(batching, size) >= 0).sum(axis=1) for size in sizes])
+    expected = np.bincount(real, minlength=batch_size + 1)
+    np.testing.assert_array_equal(batching.fill_counts(np.array(sizes)), expected)
+
+
+def test_padding_comes_last():
+    batches = draw(ClientBatching(4, local_epochs=3), 10)
+    real = batches >= 0
+    assert (real[:, :-1] >= real[:, 1:]).all()
+
+
 def test_shuffling_differs_between_epochs():
     first, second = np.split(draw(ClientBatching(10, local_epochs=2), 50), 2)
     assert (first != second).any()

@@ -169,6 +169,12 @@ def test_dropout_is_the_same_under_vmap_and_jit():
     assert (each[0] != 0).tolist() != (each[1] != 0).tolist()
 
 
+def test_an_examples_mask_does_not_depend_on_the_examples_after_it():
+    x = normal(0, 5, 3, 7)
+    few = dropout(jax.random.key(1), x[:2], 0.5)
+    np.testing.assert_array_equal(dropout(jax.random.key(1), x, 0.5)[:2], few)
+
+
 def test_dropout_module_does_nothing_in_evaluation():
     x = normal(0, 4)
     np.testing.assert_array_equal(Dropout(0.5).apply({}, x, deterministic=True), x)

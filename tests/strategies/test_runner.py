@@ -106,10 +106,23 @@ def test_resident_rounds_transfer_no_examples():
 
 @pytest.mark.parametrize("lanes", [1, 2, 3])
 def test_utilisation_is_real_over_computed_examples(lanes):
-    runner, _ = bind(jit(lanes))
+    runner, _ = bind(jit(lanes, batch_sizes=1))
     cohort = np.array([0, 3, 6])  # 3, 14 and 11 examples: 1, 4 and 3 batches of 4.
     longest = {1: 8, 2: 4, 3: 4}[lanes]
     assert runner.prepare(0, cohort).utilisation == pytest.approx(28 / (longest * lanes * 4))
+
+
+def test_a_second_batch_size_saves_padding_and_changes_no_number():
+    # Batches of 4 leave 3, 1, 1, 2, 3, 2 and 3 examples: half of these fit into batches of 2.
+    cohort = np.arange(len(linear.SIZES))
+    results = []
+    for batch_sizes, computed in ((1, 64), (2, 64 - 4 * 2)):
+        runner, state = bind(jit(1, batch_sizes=batch_sizes), cohort_size=len(cohort))
+        prepared = runner.prepare(0, cohort)
+        assert prepared.utilisation == pytest.approx(sum(linear.SIZES) / computed)
+        results.append(runner.run(state, prepared).server_state.params["w"])
+        assert runner.compilations == 1
+    np.testing.assert_allclose(*results, rtol=1e-6)
 
 
 def test_cohort_batches_depend_on_seed_round_and_client_alone():
@@ -155,6 +168,11 @@ def test_debug_stops_at_the_step_that_diverges():
 def test_bad_lanes_are_refused(lanes):
     with pytest.raises(UserError, match="lanes must be 'auto' or a number from 1"):
         jit(lanes)
+
+
+def test_no_batch_size_is_refused():
+    with pytest.raises(UserError, match="batch_sizes must be at least 1, got 0"):
+        jit(batch_sizes=0)
 
 
 def test_client_states_return_what_was_stored_and_survive_a_checkpoint():

@@ -56,7 +56,7 @@ def packed(lengths: list[int], num_lanes: int, more_slots: int = 0, more_steps: 
         lanes=num_lanes,
         slots=len(lengths) + more_slots,
         steps=longest + more_steps,
-        batch_size=3,
+        batch_sizes=(3,),
     )
 
 
@@ -84,3 +84,37 @@ def test_a_segment_ends_only_where_a_client_ends():
     assert schedule.num_segments == 2
     assert schedule.bounds.tolist() == [0, 2, 4, 4]
     assert schedule.slots[:2].tolist() == [[0, 1], [0, 2]]
+
+
+@given(st.lists(st.integers(0, 50), min_size=2, max_size=12))
+def test_two_batch_sizes_are_the_best_two_or_one(counts):
+    """Against trying them all; the largest is kept, and a small gain is not worth compiling for."""
+    full = len(counts) - 1
+
+    def computed(*sizes):
+        fits = [min(size for size in sizes if size >= real) for real in range(full + 1)]
+        return sum(size * count for size, count in zip(fits, counts, strict=True))
+
+    chosen = schedule_lib.batch_sizes(np.array(counts), most=2)
+    best = min(computed(size, full) for size in range(1, full + 1))
+    worth = best <= 0.95 * computed(full) and full > 1
+    assert computed(*chosen) == (best if worth else computed(full))
+    assert list(chosen) == sorted(chosen) and chosen[-1] == full
+
+
+def test_a_step_is_as_wide_as_its_largest_batch():
+    batches = [np.array([[0, 1, 2, 3], [4, -1, -1, -1]]), np.array([[5, 6, -1, -1]])]
+    for lane_of, start_of, widths in (
+        ([0, 1], [0, 0], [2, 0]),
+        ([0, 0], [0, 2], [2, 0, 1]),
+    ):
+        schedule = schedule_lib.pack(
+            batches,
+            np.array(lane_of),
+            np.array(start_of),
+            lanes=2,
+            slots=2,
+            steps=len(widths),
+            batch_sizes=(1, 2, 4),
+        )
+        assert schedule.widths.tolist() == widths

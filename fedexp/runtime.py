@@ -1,4 +1,4 @@
-"""JAX's runtime: virtual CPU devices, and joining the processes of a distributed run."""
+"""JAX's runtime: virtual CPU devices, compiled programs kept, joining the processes of a run."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ from typing import Any, NoReturn
 import gin
 import jax
 
+from fedexp.data import download
 from fedexp.errors import UserError
 
+_MAX_CACHE_BYTES = 1 << 30
 # sysexits.h's EX_TEMPFAIL: nothing is wrong with the input, trying again may succeed.
 EXIT_LOST = 75
 
 
 @gin.configurable("runtime")
 def start(
-    num_cpu_devices: int | None = None, lost_after_seconds: int = 30, join_seconds: int = 300
+    num_cpu_devices: int | None = None,
+    lost_after_seconds: int = 30,
+    join_seconds: int = 300,
+    keep_compiled: bool = True,
 ) -> None:
     """Starts JAX, before anything asks it for devices.
 
@@ -34,6 +39,7 @@ def start(
       num_cpu_devices: virtual CPU devices of this process, to try several "cores" on any machine.
       lost_after_seconds: silence after which a process is taken for lost, and the run ends.
       join_seconds: how long to wait for the other processes.
+      keep_compiled: keep compiled programs in the cache folder, for later runs of the same shapes.
 
     Raises:
       UserError: variables that are missing or wrong.
@@ -43,6 +49,8 @@ def start(
         if num_cpu_devices < 1:
             raise UserError(f"runtime.num_cpu_devices must be at least 1, got {num_cpu_devices}")
         jax.config.update("jax_num_cpu_devices", num_cpu_devices)
+    if keep_compiled and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        _keep_compiled_programs()
     arguments = _from_environment()
     if arguments is None:
         return
@@ -56,6 +64,16 @@ def start(
         )
     except (RuntimeError, ValueError, TypeError) as error:
         leave(f"error: cannot join the other processes: {_first_line(error)}", EXIT_LOST)
+
+
+def _keep_compiled_programs() -> None:
+    try:
+        folder = download.cache_dir() / "compiled"
+    except UserError:  # Nothing but time depends on it.
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", _MAX_CACHE_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def is_first() -> bool:

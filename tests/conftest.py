@@ -1,7 +1,16 @@
 """Settings of all tests."""
 
+import os
+import tempfile
+
 from hypothesis import settings
 
 # A busy machine makes single examples slow; what is tested is not their speed.
 settings.register_profile("fedexp", deadline=None)
 settings.load_profile("fedexp")
+
+# Many tests start a process that compiles what another one has compiled. JAX reads it on import.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "fedexp-tests-compiled")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")

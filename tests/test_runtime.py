@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import pytest
 
 from fedexp import runtime
@@ -15,7 +16,15 @@ EXPLICIT = {
 
 
 @pytest.fixture
-def joined(monkeypatch):
+def settings(monkeypatch):
+    """What JAX's settings are updated to; they stay as they are."""
+    updates = {}
+    monkeypatch.setattr(jax.config, "update", updates.__setitem__)
+    return updates
+
+
+@pytest.fixture
+def joined(monkeypatch, settings):
     """Calls runtime.start in an environment; returns what JAX was told, or None."""
     told = []
     monkeypatch.setattr("jax.distributed.initialize", lambda **arguments: told.append(arguments))
@@ -66,3 +75,28 @@ def test_half_an_environment_is_refused(joined, env):
 def test_no_virtual_devices_are_refused():
     with pytest.raises(UserError, match="num_cpu_devices must be at least 1, got 0"):
         runtime.start(num_cpu_devices=0)
+
+
+def test_compiled_programs_are_kept_in_the_cache_folder(tmp_path, monkeypatch, settings):
+    monkeypatch.setenv("FEDEXP_CACHE", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    runtime.start()
+    assert settings["jax_compilation_cache_dir"] == str(tmp_path / "compiled")
+
+
+@pytest.mark.parametrize(
+    "keep, environment",
+    [
+        (False, {}),
+        (True, {"JAX_COMPILATION_CACHE_DIR": "elsewhere"}),
+        (True, {"FEDEXP_CACHE": "/dev/null/cannot"}),
+    ],
+)
+def test_compiled_programs_are_not_kept_if_told_so_or_impossible(
+    monkeypatch, settings, keep, environment
+):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    runtime.start(keep_compiled=keep)
+    assert not settings

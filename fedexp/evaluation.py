@@ -14,7 +14,14 @@ import numpy as np
 from fedexp.data import Batch, FederatedDataset
 from fedexp.errors import UserError
 from fedexp.strategies.placement import Placement, one_device
-from fedexp.tasks import Measure, Task, confusion_counts, measures, segment_sums
+from fedexp.tasks import (
+    Measure,
+    Task,
+    confusion_counts,
+    measures,
+    segment_sums,
+    with_derived,
+)
 
 PyTree = Any
 _SAMPLE_STREAM = 3
@@ -104,6 +111,10 @@ class Evaluator:
             per_client[name] = np.divide(
                 values, weights, out=np.full_like(values, np.nan), where=weights > 0
             )
+        metrics = {k: float(v) for k, v in with_derived(self._task, metrics).items()}
+        per_client = {
+            k: np.asarray(v, np.float64) for k, v in with_derived(self._task, per_client).items()
+        }
         has_classes = self._task.predict is not None
         return Evaluation(metrics, per_client, confusion.astype(np.int64) if has_classes else None)
 
@@ -125,7 +136,7 @@ class Evaluator:
             rows = first + row
             mask = (row < self._share) & (rows <= last)
             rows = np.minimum(rows, last)
-            yield Batch(self._dataset.gather(rows), mask), self._dataset.client_of_example[rows]
+            yield Batch(self._dataset.gather(rows), mask), self._dataset.clients_of(rows)
 
     def _add_batch(self, params: PyTree, sums: PyTree, batch: PyTree) -> PyTree:
         def on_device(params, part):

@@ -1,17 +1,22 @@
-"""Packed data sets: a folder of .npy files that opens in milliseconds, memory-mapped.
+"""Packed data sets: folders of .npy files that open in milliseconds, memory-mapped.
 
 What is slow to read or to generate is built once and packed into the cache:
 
     splits = packed.load_or_build("glyphs", {"version": 1, "num_clients": 100}, build)
+
+What does not fit in memory is packed by `fedexp.data.conversion`, in the same form: a folder with an .npy
+file for each feature, offsets.npy, client_ids.npy, and index.json, which names the features and has
+the size and the SHA-256 checksum of every file. Splits are a folder of two such folders.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +26,7 @@ from fedexp.data import download
 from fedexp.data.dataset import FederatedDataset, FederatedSplits
 from fedexp.errors import UserError
 
-_FORMAT = 1
+_FORMAT = 2
 _INDEX = "index.json"
 
 
@@ -41,18 +46,16 @@ def write(directory: Path, splits: FederatedSplits) -> None:
         for name, array in dataset.features.items():
             if array.dtype.hasobject:
                 raise UserError(f"feature {name!r} of {split!r} holds Python objects; encode it")
-    try:
+    with writing(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".packing-", dir=directory.parent) as scratch:
             folder = Path(scratch) / directory.name
-            folder.mkdir()
-            _write_files(folder, splits)
+            for split, dataset in splits._asdict().items():
+                (folder / split).mkdir(parents=True)
+                for i, array in enumerate(dataset.features.values()):
+                    np.save(folder / split / feature_file(i), array)
+                seal(folder / split, list(dataset.features), dataset.offsets, dataset.client_ids)
             os.replace(folder, directory)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {directory}: {error}; free disk space, or set the environment variable "
-            "FEDEXP_CACHE to another folder"
-        ) from error
 
 
 def read(directory: Path) -> FederatedSplits:
@@ -61,28 +64,39 @@ def read(directory: Path) -> FederatedSplits:
     Raises:
       UserError: the folder is missing, incomplete or damaged.
     """
-    try:
-        index = json.loads((directory / _INDEX).read_text())
-        if index["format"] != _FORMAT:
-            raise ValueError(f"format {index['format']}, expected {_FORMAT}")
-        return FederatedSplits(
-            **{
-                split: FederatedDataset(
-                    features={
-                        name: np.load(directory / split / f"feature_{i}.npy", mmap_mode="r")
-                        for i, name in enumerate(names)
-                    },
-                    offsets=np.load(directory / split / "offsets.npy"),
-                    client_ids=np.load(directory / split / "client_ids.npy"),
-                )
-                for split, names in index["features"].items()
-            }
-        )
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        raise UserError(
-            f"{directory} is not a complete packed data set ({error}); delete the folder, then "
-            "it is built again"
-        ) from error
+    with _complete(directory):
+        return FederatedSplits(*(_open(directory / split) for split in FederatedSplits._fields))
+
+
+def read_dataset(directory: Path) -> FederatedDataset:
+    """Opens the folder of a single data set, its features memory-mapped read-only.
+
+    Raises:
+      UserError: the folder is missing, incomplete or damaged.
+    """
+    with _complete(directory):
+        return _open(directory)
+
+
+def verify(directory: Path) -> None:
+    """Compares every file of a packed folder, of splits or of one data set, with its checksum.
+
+    It reads everything; opening a folder compares only the sizes.
+
+    Raises:
+      UserError: a missing or damaged file. The message names it.
+    """
+    with _complete(directory):
+        folders = [directory]
+        if not (directory / _INDEX).exists():
+            folders = [directory / split for split in FederatedSplits._fields]
+        for folder in folders:
+            for name, expected in _index(folder)["files"].items():
+                if (found := _sha256(folder / name)) != expected["sha256"]:
+                    raise ValueError(
+                        f"{folder / name} is damaged: its SHA-256 is {found}, expected "
+                        f"{expected['sha256']}"
+                    )
 
 
 def load_or_build(
@@ -104,15 +118,25 @@ def load_or_build(
     Raises:
       UserError: from `build`, `write` or `read`.
     """
-    text = json.dumps(key, sort_keys=True)
+    directory = location(name, key)
+    make_once(directory, lambda: write(directory, build()))
+    return read(directory)
+
+
+def location(name: str, key: Mapping[str, object]) -> Path:
+    """The folder in the cache for this name and key; see `load_or_build`."""
+    text = json.dumps([_FORMAT, key], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    directory = download.cache_dir() / "packed" / f"{name}-{digest}"
+    return download.cache_dir() / "packed" / f"{name}-{digest}"
+
+
+def make_once(directory: Path, make: Callable[[], None]) -> None:
+    """Calls `make` unless `directory` exists; other processes that ask for it wait meanwhile."""
     if not directory.exists():
         with download.lock(directory):
             if not directory.exists():
-                logging.info("preparing %s once, into %s", name, directory)
-                write(directory, build())
-    return read(directory)
+                logging.info("preparing %s once", directory)
+                make()
 
 
 def fingerprint(path: Path) -> dict[str, object]:
@@ -121,13 +145,71 @@ def fingerprint(path: Path) -> dict[str, object]:
     return {"path": str(path.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
-def _write_files(folder: Path, splits: FederatedSplits) -> None:
-    for split, dataset in splits._asdict().items():
-        (folder / split).mkdir()
-        for i, array in enumerate(dataset.features.values()):
-            np.save(folder / split / f"feature_{i}.npy", array)
-        np.save(folder / split / "offsets.npy", dataset.offsets)
-        np.save(folder / split / "client_ids.npy", dataset.client_ids)
-    names = {split: list(dataset.features) for split, dataset in splits._asdict().items()}
-    index = {"format": _FORMAT, "features": names}
+def feature_file(i: int) -> str:
+    """The name of the file of feature number `i`."""
+    return f"feature_{i}.npy"
+
+
+def seal(
+    folder: Path, features: Sequence[str], offsets: np.ndarray, client_ids: np.ndarray
+) -> None:
+    """Completes a data set's folder that has the files of its features."""
+    np.save(folder / "offsets.npy", offsets)
+    np.save(folder / "client_ids.npy", client_ids)
+    names = [*map(feature_file, range(len(features))), "offsets.npy", "client_ids.npy"]
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+        for name in names
+    }
+    index = {"format": _FORMAT, "features": list(features), "files": files}
     (folder / _INDEX).write_text(json.dumps(index, indent=1))
+
+
+@contextlib.contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Turns the operating system's refusals into a UserError with the way out."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {directory}: {error}; free disk space, or set the environment variable "
+            "FEDEXP_CACHE to another folder"
+        ) from error
+
+
+@contextlib.contextmanager
+def _complete(directory: Path) -> Iterator[None]:
+    """Says of whatever goes wrong in reading which folder it is, and what to do."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise UserError(
+            f"{directory} is not a complete packed data set ({error}); delete the folder, then "
+            "it is built again"
+        ) from error
+
+
+def _index(folder: Path) -> dict:
+    index = json.loads((folder / _INDEX).read_text())
+    if index["format"] != _FORMAT:
+        raise ValueError(f"format {index['format']}, expected {_FORMAT}")
+    for name, expected in index["files"].items():
+        if (found := (folder / name).stat().st_size) != expected["bytes"]:
+            raise ValueError(f"{folder / name} has {found} bytes, expected {expected['bytes']}")
+    return index
+
+
+def _open(folder: Path) -> FederatedDataset:
+    names = _index(folder)["features"]
+    return FederatedDataset(
+        features={
+            name: np.load(folder / feature_file(i), mmap_mode="r") for i, name in enumerate(names)
+        },
+        offsets=np.load(folder / "offsets.npy"),
+        client_ids=np.load(folder / "client_ids.npy"),
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,5 +1,7 @@
 """FederatedDataset, against plain Python: {client id: {feature: array}} and lists of rows."""
 
+import mmap
+
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
@@ -58,6 +60,8 @@ def test_holds_its_clients(clients):
     assert dataset.nbytes == sum(sizes) * (2 * 4 + 4)
     assert dataset.client_sizes.tolist() == sizes
     assert dataset.client_of_example.tolist() == [i for i, n in enumerate(sizes) for _ in range(n)]
+    rows = np.arange(dataset.num_examples)
+    np.testing.assert_array_equal(dataset.clients_of(rows), dataset.client_of_example)
 
 
 @hypothesis.given(clients_strategy(min_size=0))
@@ -267,3 +271,36 @@ def test_from_clients_refuses_what_does_not_fit(clients, message):
 def test_refuses_bad_arguments(use, message):
     with pytest.raises(UserError, match=message):
         use(_dataset())
+
+
+class RecordedMap(mmap.mmap):
+    """Notes which bytes it is asked to read."""
+
+    def __init__(self, *args):
+        self.advice = []
+
+    def madvise(self, advice, start, length):
+        super().madvise(advice, start, length)
+        assert start % mmap.PAGESIZE == 0
+        self.advice.append((start, start + length))
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_WILLNEED"), reason="the system takes no advice")
+def test_prefetch_asks_for_the_pages_of_the_clients():
+    row_bytes, sizes = 1000, [3, 5, 1, 7, 9, 2]
+    memory = RecordedMap(-1, row_bytes * sum(sizes))
+    mapped = np.ndarray((sum(sizes), row_bytes), np.uint8, buffer=memory)
+    ids = np.array([f"c{i}" for i in range(len(sizes))])
+    dataset = FederatedDataset(
+        {"x": mapped, "y": np.arange(sum(sizes))}, np.cumsum([0, *sizes]), ids
+    )
+    dataset.prefetch([5, 1])
+    wanted = [(25_000, 27_000), (3_000, 8_000)]
+    expected = [(begin - begin % mmap.PAGESIZE, end) for begin, end in wanted]
+    assert memory.advice == expected
+    memory.advice.clear()
+    dataset.select_clients([1, 2, 3, 4, 5]).prefetch(np.array([4, 0]))  # A view of the same map.
+    assert memory.advice == expected
+    memory.advice.clear()
+    FederatedDataset({"x": mapped[:, ::2]}, dataset.offsets, ids).prefetch([0])
+    assert memory.advice == []

@@ -82,13 +82,14 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda folder: (folder / "index.json").unlink(),
-        lambda folder: (folder / "index.json").write_text("{"),
-        lambda folder: (folder / "index.json").write_text("[]"),
-        lambda folder: (folder / "index.json").write_text('{"format": 0}'),
+        lambda folder: (folder / "train" / "index.json").unlink(),
+        lambda folder: (folder / "train" / "index.json").write_text("{"),
+        lambda folder: (folder / "train" / "index.json").write_text("[]"),
+        lambda folder: (folder / "test" / "index.json").write_text('{"format": 0}'),
         lambda folder: (folder / "train" / "feature_0.npy").unlink(),
         lambda folder: (folder / "test" / "offsets.npy").write_bytes(b""),
         lambda folder: (folder / "train" / "feature_0.npy").open("r+b").truncate(140),
+        lambda folder: (folder / "train" / "feature_0.npy").open("ab").write(b"x"),
         lambda folder: (folder / "train" / "offsets.npy").write_bytes(
             b"\0" * (folder / "train" / "offsets.npy").stat().st_size
         ),
@@ -97,8 +98,47 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
 def test_a_damaged_folder_is_a_user_error(tmp_path, damage):
     packed.write(tmp_path / "a", _splits())
     damage(tmp_path / "a")
-    with pytest.raises(UserError, match=r"a is not a complete packed data set .*delete the folder"):
+    for check in (packed.read, packed.verify):
+        with pytest.raises(
+            UserError, match=r"a is not a complete packed data set .*delete the folder"
+        ):
+            check(tmp_path / "a")
+
+
+def test_a_file_of_the_wrong_size_is_named_when_opened(tmp_path):
+    packed.write(tmp_path / "a", _splits())
+    path = tmp_path / "a" / "train" / "feature_1.npy"
+    size = path.stat().st_size
+    path.open("r+b").truncate(size - 1)
+    with pytest.raises(
+        UserError, match=rf"train/feature_1.npy has {size - 1} bytes, expected {size}"
+    ):
         packed.read(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["train/feature_0.npy", "test/feature_1.npy", "test/offsets.npy", "train/client_ids.npy"],
+)
+def test_verify_names_a_file_of_which_a_bit_is_wrong(tmp_path, name):
+    packed.write(tmp_path / "a", _splits())
+    packed.verify(tmp_path / "a")
+    packed.verify(tmp_path / "a" / "train")
+    content = bytearray((tmp_path / "a" / name).read_bytes())
+    content[-4] ^= 1
+    (tmp_path / "a" / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name} is damaged: its SHA-256 is"):
+        packed.verify(tmp_path / "a")
+
+
+def test_reads_a_single_data_set(tmp_path):
+    packed.write(tmp_path / "a", _splits())
+    _assert_equal(
+        FederatedSplits(
+            *(packed.read_dataset(tmp_path / "a" / split) for split in ("train", "test"))
+        ),
+        _splits(),
+    )
 
 
 def test_load_or_build_builds_once_per_key(cache):

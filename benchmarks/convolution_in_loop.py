@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from fedexp.models import layers
 from fedexp.models.emnist import EmnistCNN
 from fedexp.models.layers import Conv, Dropout, convolve, max_pool_2x2
 
@@ -119,7 +120,7 @@ CONVOLUTIONS = {
 }
 
 
-def convolution(conv, lanes):
+def convolution(conv, lanes, size=26, channels=(32, 64)):
     def loss(parameters):
         return 0.5 * jnp.mean(nn.relu(conv(*parameters)) ** 2)
 
@@ -130,9 +131,17 @@ def convolution(conv, lanes):
     def run(parameters):
         return lax.fori_loop(0, STEPS, lambda _, p: over(lanes, step)(p), parameters)
 
-    x = jax.random.normal(jax.random.key(0), (lanes, BATCH, 26, 26, 32))
-    kernel = 0.05 * jax.random.normal(jax.random.key(1), (lanes, 3, 3, 32, 64))
+    x = jax.random.normal(jax.random.key(0), (lanes, BATCH, size, size, channels[0]))
+    kernel = 0.05 * jax.random.normal(jax.random.key(1), (lanes, 3, 3, *channels))
     return Program(run, ((x, kernel),), lanes * BATCH * STEPS)
+
+
+# ---- small images with many channels, as in the last stages of a ResNet ----
+
+SMALL = {
+    "Winograd": lambda x, kernel: layers._convolve_winograd(x, kernel, 1),
+    "patches x matmul": patches,
+}
 
 
 # ---- the whole network ----
@@ -242,6 +251,10 @@ def main():
     arguments = parser.parse_args()
     print(f"{jax.devices()}, jax {jax.__version__}: ms per example, median (minimum)")
     table("convolution", convolution, CONVOLUTIONS, arguments.lanes, arguments.repeats)
+    for size in (6, 4, 3, 1):
+        build = functools.partial(convolution, size=size + 2, channels=(256, 256))
+        title = f"{size} x {size} of 256 channels"
+        table(title, build, SMALL, arguments.lanes, arguments.repeats)
     table("training step", network, NETWORKS, arguments.lanes, arguments.repeats)
 
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import gin
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fedexp.data import Batch, FederatedDataset
@@ -17,9 +16,9 @@ from fedexp.strategies.placement import Placement, one_device
 from fedexp.tasks import (
     Measure,
     Task,
+    add_by_segment,
     confusion_counts,
     measures,
-    segment_sums,
     with_derived,
 )
 
@@ -142,14 +141,14 @@ class Evaluator:
         def on_device(params, part):
             (per_client, confusion), (batch, client) = part
             outputs = self._task.apply(params, batch.examples, None)
-            added = {
-                name: segment_sums(measure, batch.mask, client, self._dataset.num_clients)
+            per_client = {
+                name: add_by_segment(per_client[name], measure, batch.mask, client)
                 for name, measure in measures(self._task, outputs, batch.examples).items()
             }
             if self._task.predict:
                 labels, predictions = self._task.predict(outputs, batch.examples)
                 confusion += confusion_counts(labels, predictions, batch.mask, len(confusion))
-            return (), (jax.tree.map(jnp.add, per_client, added), confusion)
+            return (), (per_client, confusion)
 
         _, sums = self._placement.run(on_device, params, (sums, batch))
         return sums

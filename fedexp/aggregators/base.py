@@ -14,7 +14,8 @@ class Aggregator(NamedTuple):
     """Reduces the cohort's client updates to one update, through sums only.
 
     Attributes:
-      client: (update, num_examples, key) -> contribution, a pytree that is summed over the cohort.
+      client: (update, weight, key) -> contribution, a pytree that is summed over the cohort. The weight
+        is the client's number of examples, or what else the algorithm weighs by.
       server: (summed contributions, key) -> the aggregate update, shaped like one client's.
     """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import gin
 import jax
 import jax.numpy as jnp
@@ -11,12 +13,12 @@ from fedexp.errors import UserError
 
 
 @gin.configurable
-def mean(weighting: str = "examples") -> Aggregator:
+def mean(weighting: Literal["examples", "uniform"] = "examples") -> Aggregator:
     """The mean over the cohort.
 
     Args:
       weighting: 'examples' weighs a client by its number of examples (McMahan et al. 2017,
-        arXiv:1602.05629); 'uniform' counts every client alike.
+        arXiv:1602.05629), or by what else the algorithm says; 'uniform' counts every client alike.
 
     Raises:
       UserError: any other weighting.
@@ -24,9 +26,9 @@ def mean(weighting: str = "examples") -> Aggregator:
     if weighting not in ("examples", "uniform"):
         raise UserError(f"mean.weighting must be 'examples' or 'uniform', got {weighting!r}")
 
-    def client(update, num_examples, key):
+    def client(update, weight, key):
         del key
-        weight = jnp.float32(1) if weighting == "uniform" else num_examples.astype(jnp.float32)
+        weight = jnp.float32(1) if weighting == "uniform" else weight.astype(jnp.float32)
         return jax.tree.map(lambda leaf: weight * leaf, update), weight
 
     def server(total, key):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import gin
 import jax
@@ -34,6 +34,7 @@ def fedavg(
     aggregator: Aggregator | None = None,
     client_schedule: Callable[[jax.Array], jax.Array] | None = None,
     proximal: float = 0.0,
+    weigh_by: Literal["examples", "tokens"] = "examples",
 ) -> Algorithm:
     """Algorithm 1 of Adaptive Federated Optimization (Reddi et al. 2021, arXiv:2003.00295).
 
@@ -48,12 +49,16 @@ def fedavg(
       aggregator: `mean()` weighted by examples if None.
       client_schedule: round -> factor on the client's learning rate (an Optax schedule); 1 if None.
       proximal: mu of FedProx's term mu/2 |y - x|^2 (Li et al. 2020, arXiv:1812.06127).
+      weigh_by: what `mean` weighs a client by: its examples, or the predictions in its loss, which are
+        the tokens of a language model (so do Reddi et al., for theirs).
 
     Raises:
-      UserError: a negative proximal term.
+      UserError: a negative proximal term, or an unknown weigh_by.
     """
     if proximal < 0:
         raise UserError(f"fedavg.proximal must not be negative, got {proximal}")
+    if weigh_by not in ("examples", "tokens"):
+        raise UserError(f"fedavg.weigh_by must be 'examples' or 'tokens', got {weigh_by!r}")
     aggregator = aggregator or mean()
 
     def init(params):
@@ -83,7 +88,8 @@ def fedavg(
         server_params, _ = shared
         params, _, sums = carry
         update = jax.tree.map(jnp.subtract, params, server_params)
-        total = aggregator.client(update, client.num_examples, client.key)
+        weight = client.num_examples if weigh_by == "examples" else sums["loss"].weights
+        total = aggregator.client(update, weight, client.key)
         return total, (sums, optax.tree.norm(update))
 
     work = ClientWork(client_init, client_step, client_finish)
@@ -95,7 +101,7 @@ def fedavg(
         grads = jax.tree.map(jnp.negative, update)
         updates, opt_state = server_optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = round_metrics(sums, norms, update)
+        metrics = round_metrics(task, sums, norms, update)
         return RoundOutput(ServerState(params, opt_state), metrics)
 
     return Algorithm(init, round_)

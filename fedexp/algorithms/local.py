@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedexp.tasks import Measure, Task
+from fedexp.tasks import Measure, Task, with_derived
 
 PyTree = Any
 
@@ -19,11 +19,15 @@ def zero_sums(task: Task) -> dict[str, Measure]:
 
 
 def round_metrics(
-    sums: dict[str, Measure], update_norms: jax.Array, update: PyTree
+    task: Task,
+    sums: dict[str, Measure],
+    update_norms: jax.Array,
+    update: PyTree,
 ) -> dict[str, jax.Array]:
     """Metrics of a round of local training.
 
     Args:
+      task: what was trained on.
       sums: training metrics of each client, values and weights of shape (C,).
       update_norms: (C,) L2 norms of the client updates.
       update: the aggregate update.
@@ -32,9 +36,14 @@ def round_metrics(
       train/* over the cohort's examples, and clients/* with one value per client slot.
     """
     metrics = {}
-    for name, (values, weights) in sums.items():
-        metrics[f"train/{name}"] = values.sum() / jnp.maximum(weights.sum(), 1e-12)
-        metrics[f"clients/{name}"] = values / jnp.maximum(weights, 1e-12)
+    cohort = {name: Measure(*map(jnp.sum, measure)) for name, measure in sums.items()}
+    for group, measures in (("train", cohort), ("clients", sums)):
+        means = {
+            name: values / jnp.maximum(weights, 1e-12)
+            for name, (values, weights) in measures.items()
+        }
+        for name, value in with_derived(task, means).items():
+            metrics[f"{group}/{name}"] = value
     metrics["clients/update_norm"] = update_norms
     metrics["train/update_norm"] = optax.tree.norm(update)
     return metrics

@@ -113,7 +113,9 @@ def scaffold(
         updates, opt_state = server_optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return RoundOutput(
-            ServerState(params, control, opt_state), round_metrics(sums, norms, update), controls
+            ServerState(params, control, opt_state),
+            round_metrics(task, sums, norms, update),
+            controls,
         )
 
     return Algorithm(init, round_, init_client_state=optax.tree.zeros_like)

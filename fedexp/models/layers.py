@@ -23,6 +23,8 @@ _FROM_KERNEL = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]
 _TO_OUTPUT = np.array([[1, 1, 1, 0], [0, 1, -1, -1]])
 # Below this many input channels the transforms cost more than the products they save.
 _WINOGRAD_MIN_CHANNELS = 8
+# Nor below this many outputs per channel, where the kernels are the larger part.
+_WINOGRAD_MIN_OUTPUTS = 512
 
 
 def convolve(
@@ -34,9 +36,9 @@ def convolve(
 ) -> jax.Array:
     """A two-dimensional convolution made of slices and matrix products.
 
-    Float32 kernels of three rows that move one row at a time use Winograd's minimal filtering along
-    the rows, which saves a third of the arithmetic at the same accuracy (about 3e-7 of the largest
-    output); all others multiply patches by the kernel.
+    Float32 kernels of three rows that move one row at a time over enough of an image use Winograd's
+    minimal filtering along the rows, which saves a third of the arithmetic at the same accuracy (about
+    3e-7 of the largest output); all others multiply patches by the kernel.
 
     Args:
       x: (B, H, W, C_in).
@@ -50,8 +52,9 @@ def convolve(
     pads = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
     if any(map(any, pads)):
         x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    wide = x.shape[3] >= _WINOGRAD_MIN_CHANNELS
-    if wide and kernel.shape[0] == 3 and strides[0] == 1 and x.dtype == jnp.float32:
+    fits = kernel.shape[0] == 3 and strides[0] == 1 and x.dtype == jnp.float32
+    outputs = len(x) * (x.shape[1] - 2) * ((x.shape[2] - kernel.shape[1]) // strides[1] + 1)
+    if fits and x.shape[3] >= _WINOGRAD_MIN_CHANNELS and outputs >= _WINOGRAD_MIN_OUTPUTS:
         return _convolve_winograd(x, kernel, strides[1])
     return _convolve_patches(x, kernel, strides)
 

@@ -32,6 +32,7 @@ class Measure(NamedTuple):
 
 
 Metric = Callable[[Any, Features], Measure]
+Derived = Callable[[Mapping[str, jax.Array]], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,9 @@ class Task:
         seeds dropout; None means evaluation.
       loss: (outputs, batch) -> Measure, what training minimises.
       metrics: name -> (outputs, batch) -> Measure. The loss is reported as 'loss' without being here.
+      derived: name -> function of the means of the loss and the metrics, by name, for what is reported
+        like a metric but is no mean itself, as a perplexity.
+      sum_loss: whether training minimises the sum over a batch's examples instead of the mean.
       num_classes: K, or None where the outputs are no classes.
       class_names: the K names, or None.
       predict: (outputs, batch) -> (labels (B,) int, predictions (B,) int), or None where there is no
@@ -54,13 +58,15 @@ class Task:
       check: raises UserError for a data set that does not fit, in milliseconds and on the host.
 
     Raises:
-      UserError: a metric called 'loss'.
+      UserError: a metric called 'loss', or two of the same name.
     """
 
     init: Callable[[jax.Array, Features], PyTree]
     apply: Callable[[PyTree, Features, jax.Array | None], Any]
     loss: Metric
     metrics: Mapping[str, Metric] = dataclasses.field(default_factory=dict)
+    derived: Mapping[str, Derived] = dataclasses.field(default_factory=dict)
+    sum_loss: bool = False
     num_classes: int | None = None
     class_names: tuple[str, ...] | None = None
     predict: Callable[[Any, Features], tuple[jax.Array, jax.Array]] | None = None
@@ -68,8 +74,16 @@ class Task:
     check: Callable[[FederatedDataset], None] = lambda dataset: None
 
     def __post_init__(self) -> None:
-        if "loss" in self.metrics:
+        if "loss" in {*self.metrics, *self.derived}:
             raise UserError("a metric called 'loss' would hide the task's loss; rename it")
+        if twice := sorted(set(self.metrics) & set(self.derived)):
+            raise UserError(f"two metrics are called {twice[0]!r}; rename one")
+
+
+def run_once(function: Callable[..., PyTree], *args: Any) -> PyTree:
+    """What `function(*args)` returns, compiled in the shortest time, for what a run calls only once."""
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(function, compiler_options=options)(*args)
 
 
 def measures(task: Task, outputs: Any, batch: Features) -> dict[str, Measure]:
@@ -80,13 +94,18 @@ def measures(task: Task, outputs: Any, batch: Features) -> dict[str, Measure]:
     }
 
 
+def with_derived(task: Task, means: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds what derives from the means of the loss and all metrics; arrays of any shape."""
+    return {**means, **{name: derive(means) for name, derive in task.derived.items()}}
+
+
 def mean_loss(
     task: Task, params: PyTree, batch: Features, mask: jax.Array, key: jax.Array | None
 ) -> tuple[jax.Array, dict[str, Measure]]:
     """The weighted mean loss of a batch's real examples; for value_and_grad(..., has_aux=True).
 
-    Padded examples never count, whatever they hold, NaN included. A batch of padding alone has loss
-    0 and gradient 0.
+    The weighted sum instead if the task says so (`sum_loss`). Padded examples never count, whatever
+    they hold, NaN included. A batch of padding alone has loss 0 and gradient 0.
 
     Args:
       task: the task.
@@ -104,7 +123,7 @@ def mean_loss(
         name: masked_sums(measure, mask) for name, measure in measures(task, outputs, batch).items()
     }
     values, weights = sums["loss"]
-    return values / jnp.where(weights > 0, weights, 1), sums
+    return (values if task.sum_loss else values / jnp.where(weights > 0, weights, 1)), sums
 
 
 def _fill_padding(batch: Features, mask: jax.Array) -> dict[str, jax.Array]:
@@ -122,22 +141,27 @@ def masked_sums(measure: Measure, mask: jax.Array) -> Measure:
     return Measure(*(jnp.where(mask, part, 0).sum() for part in measure))
 
 
-def segment_sums(
-    measure: Measure, mask: jax.Array, segments: jax.Array, num_segments: int
+def add_by_segment(
+    sums: Measure, measure: Measure, mask: jax.Array, segments: jax.Array
 ) -> Measure:
-    """Sums a measure over the masked examples of each segment, for instance each client.
+    """Adds a measure to the running sums of each example's segment, for instance its client.
+
+    Where the sums are donated this costs as much as the batch, however many segments there are.
 
     Args:
+      sums: (num_segments,) values and weights.
       measure: (B,) values and weights.
-      mask: (B,) bool.
-      segments: (B,) int, the segment of each example; those outside [0, num_segments) are left out.
-      num_segments: number of segments.
+      mask: (B,) bool; examples with False are left out.
+      segments: (B,) int, from 0; examples in no segment have num_segments.
 
     Returns:
       (num_segments,) values and weights.
     """
     return Measure(
-        *(jax.ops.segment_sum(jnp.where(mask, part, 0), segments, num_segments) for part in measure)
+        *(
+            total.at[segments].add(jnp.where(mask, part, 0), mode="drop")
+            for total, part in zip(sums, measure, strict=True)
+        )
     )
 
 

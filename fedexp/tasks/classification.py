@@ -13,10 +13,12 @@ from flax import linen as nn
 
 from fedexp.data.dataset import FederatedDataset
 from fedexp.errors import UserError
-from fedexp.tasks.base import Features, Metric, PyTree, Task
+from fedexp.tasks.augment import Augment
+from fedexp.tasks.base import Features, Metric, PyTree, Task, run_once
 from fedexp.tasks.metrics import accuracy, cross_entropy
 
 Preprocess = Callable[[jax.Array], jax.Array]
+_AUGMENT_STREAM = 1  # Flax folds hashes into the same key for dropout.
 
 
 @gin.configurable
@@ -55,6 +57,7 @@ def classification(
     metrics: Mapping[str, Metric] | None = None,
     preprocess: Preprocess | None = scale,
     class_names: Sequence[str] | None = None,
+    augment: Augment | None = None,
 ) -> Task:
     """The task of predicting feature 'y' (B,) from feature 'x' by minimising the cross-entropy.
 
@@ -65,6 +68,8 @@ def classification(
       metrics: name -> metric, reported beside the loss; by default the accuracy.
       preprocess: runs on x on the device, before the model; None for none.
       class_names: one name per class, for the confusion matrix.
+      augment: runs on x as it is stored, before `preprocess`: with a key in training, with None in
+        evaluation. Random without touching what dropout draws.
 
     Raises:
       UserError: names that do not fit num_classes. The task's `init` raises for a model whose
@@ -75,22 +80,24 @@ def classification(
         raise UserError(f"{num_classes} classes need as many names, got {len(class_names)}")
     takes_train = "train" in inspect.signature(type(model).__call__).parameters
 
-    def inputs(batch: Features, train: bool) -> tuple[tuple[jax.Array], dict[str, bool]]:
+    def inputs(batch: Features, key: jax.Array | None) -> tuple[tuple[jax.Array], dict[str, bool]]:
         x = jnp.asarray(batch["x"])
+        if augment is not None:
+            x = augment(x, None if key is None else jax.random.fold_in(key, _AUGMENT_STREAM))
         x = x if preprocess is None else preprocess(x)
-        return (x,), {"train": train} if takes_train else {}
+        return (x,), {"train": key is not None} if takes_train else {}
 
     def forward(key: jax.Array, batch: Features) -> tuple[jax.Array, PyTree]:
-        args, kwargs = inputs(batch, train=False)
+        args, kwargs = inputs(batch, None)
         return model.init_with_output(key, *args, **kwargs)
 
     def init(key: jax.Array, batch: Features) -> PyTree:
         logits, variables = jax.eval_shape(forward, key, batch)
         _check_model(model, logits, variables, np.shape(batch["x"]), num_classes)
-        return jax.jit(lambda key, batch: forward(key, batch)[1]["params"])(key, batch)
+        return run_once(lambda key, batch: forward(key, batch)[1]["params"], key, batch)
 
     def apply(params: PyTree, batch: Features, key: jax.Array | None) -> jax.Array:
-        args, kwargs = inputs(batch, train=key is not None)
+        args, kwargs = inputs(batch, key)
         rngs = None if key is None else {"dropout": key}
         return model.apply({"params": params}, *args, rngs=rngs, **kwargs)
 
@@ -102,12 +109,13 @@ def classification(
         num_classes=num_classes,
         class_names=None if class_names is None else tuple(class_names),
         predict=lambda logits, batch: (batch["y"], logits.argmax(-1)),
-        images=_images,
+        images=images,
         check=lambda dataset: _check_dataset(dataset, num_classes),
     )
 
 
-def _images(batch: Features) -> np.ndarray | None:
+def images(batch: Features) -> np.ndarray | None:
+    """Feature x as uint8 (B, H, W, C), or None where it holds no pictures."""
     x = np.asarray(batch["x"])
     x = x[..., None] if x.ndim == 3 else x
     return x if x.dtype == np.uint8 and x.ndim == 4 and x.shape[-1] in (1, 3, 4) else None
@@ -128,11 +136,16 @@ def _check_model(
             f"{num_classes} classes need logits of shape {expected}; set the model's last layer or "
             "classification.num_classes"
         )
+    check_parameters_only(model, variables)
+
+
+def check_parameters_only(model: nn.Module, variables: Mapping[str, PyTree]) -> None:
+    """Raises UserError for a model whose variables are more than its parameters."""
     state = sorted(set(variables) - {"params"})
     if state:
         raise UserError(
-            f"{name} keeps state besides its parameters: {', '.join(state)}; clients do not share "
-            "such state, so use a layer without it (GroupNorm or LayerNorm for BatchNorm)"
+            f"{type(model).__name__} keeps state besides its parameters: {', '.join(state)}; clients "
+            "do not share such state, so use a layer without it (GroupNorm or LayerNorm for BatchNorm)"
         )
 
 

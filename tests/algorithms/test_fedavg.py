@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import optax
 import pytest
 
-from fedexp.aggregators import mean
+from fedexp.aggregators import Aggregator, mean
 from fedexp.algorithms import fedavg, optimizers
 from fedexp.data.batching import ClientBatching
 from fedexp.errors import UserError
 from fedexp.strategies import Runner, debug, jit
+from fedexp.tasks import Measure
 from tests.support import linear
 
 ROUNDS, BATCH_SIZE, CLIENT_LR, SERVER_LR, EPS = 3, 4, 0.05, 0.1, 1e-3
@@ -195,6 +198,30 @@ def test_negative_proximal_term_is_refused():
         fedavg(linear.task(), optax.sgd(0.1), optax.sgd(1.0), proximal=-1.0)
 
 
+def test_weighing_by_tokens_gives_the_aggregator_the_weights_in_the_loss():
+    """The aggregator here returns the sum of the weights that it gets as the update."""
+    task = linear.task()
+
+    def loss(outputs, batch):
+        counted = 1.0 + (batch["y"] > 0)
+        return Measure(counted * (outputs - batch["y"]) ** 2, counted)
+
+    aggregator = Aggregator(
+        client=lambda update, weight, key: jax.tree.map(lambda leaf: 0 * leaf + weight, update),
+        server=lambda total, key: total,
+    )
+    weighted = dataclasses.replace(task, loss=loss)
+    algorithm = fedavg(
+        weighted, optax.sgd(1e-3), optax.sgd(1.0), aggregator=aggregator, weigh_by="tokens"
+    )
+    params, _ = run(algorithm, jit(2), task=weighted, rounds=1)
+    clients = [linear.dataset().client(client)["y"] for client in COHORTS[0]]
+    tokens = sum(len(y) + (y > 0).sum() for y in clients)
+    assert params["b"] == BATCHING.local_epochs * tokens
+
+
 def test_unknown_weighting_is_refused():
+    with pytest.raises(UserError, match="'examples' or 'tokens', got 'words'"):
+        fedavg(linear.task(), optax.sgd(1.0), optax.sgd(1.0), weigh_by="words")
     with pytest.raises(UserError, match="'examples' or 'uniform', got 'exmples'"):
         mean("exmples")

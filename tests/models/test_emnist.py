@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import gin
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from fedexp.models.emnist import EmnistCNN, EmnistDense, EmnistLogistic
+from fedexp.models.emnist import EmnistAutoencoder, EmnistCNN, EmnistDense, EmnistLogistic
 
 X = jax.random.uniform(jax.random.key(0), (2, 28, 28, 1))
 
@@ -86,3 +88,31 @@ def test_gin_sets_the_classes(name):
         assert logits.dtype == jnp.float32
     finally:
         gin.clear_config()
+
+
+def test_autoencoder_has_the_published_layers():
+    """google-research/federated, utils/models/emnist_ae_models.py, and its test's parameter count."""
+    params = jax.eval_shape(EmnistAutoencoder().init, jax.random.key(0), X)["params"]
+    widths = [784, 1000, 500, 250, 30, 250, 500, 1000, 784]
+    shapes = [layer["kernel"].shape for layer in params.values()]
+    assert shapes == list(itertools.pairwise(widths))
+    assert sum(p.size for p in jax.tree.leaves(params)) == 2_837_314
+
+
+def test_autoencoder_is_sigmoid_layers_around_a_linear_code():
+    model = EmnistAutoencoder(code_size=3)
+    variables = jax.jit(model.init)(jax.random.key(1), X)
+    y = np.asarray(X, np.float64).reshape(2, -1)
+    for number in range(8):
+        layer = jax.tree.map(
+            lambda p: np.asarray(p, np.float64), variables["params"][f"Dense_{number}"]
+        )
+        y = y @ layer["kernel"] + layer["bias"]
+        y = y if number == 3 else 1 / (1 + np.exp(-y))
+    found = jax.jit(model.apply)(variables, X)
+    assert found.shape == X.shape
+    np.testing.assert_allclose(found.reshape(2, -1), y, rtol=1e-4, atol=1e-5)
+    kernel = np.asarray(variables["params"]["Dense_0"]["kernel"])
+    limit = np.sqrt(6 / (784 + 1000))
+    assert np.abs(kernel).max() <= limit
+    assert kernel.std() == pytest.approx(limit / np.sqrt(3), rel=0.01)

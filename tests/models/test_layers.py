@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 from jax import lax
 
+from fedexp.models import layers
 from fedexp.models.layers import Conv, Dropout, convolve, dropout, max_pool_2x2
 
 CASES = [
@@ -24,6 +25,11 @@ CASES = [
     ((10, 9, 2), 4, (2, 3), (2, 3), "VALID"),
     ((6, 5, 8), 4, (1, 1), (1, 1), "VALID"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def winograd_for_small_images(monkeypatch):
+    monkeypatch.setattr(layers, "_WINOGRAD_MIN_OUTPUTS", 1)
 
 
 def normal(seed, *shape):

@@ -142,6 +142,53 @@ def test_the_key_means_training():
     assert not np.allclose(task.apply(params, VECTORS, KEY), still)
 
 
+def test_augmentation_comes_first_and_is_random_in_training_only():
+    seen = []
+
+    def roll(x, key):
+        seen.append(x.dtype)
+        return x if key is None else jnp.roll(x, jax.random.randint(key, (), 1, 28), axis=2)
+
+    plain = classification(EmnistLogistic())
+    task = classification(EmnistLogistic(), augment=roll)
+    params = task.init(KEY, IMAGES)
+    jax.tree.map(np.testing.assert_array_equal, params, plain.init(KEY, IMAGES))
+    still = plain.apply(params, IMAGES, None)
+    np.testing.assert_array_equal(task.apply(params, IMAGES, None), still)
+    first, again, other = (task.apply(params, IMAGES, jax.random.key(s)) for s in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    rolled = [
+        plain.apply(params, IMAGES | {"x": np.roll(IMAGES["x"], n, 2)}, None) for n in range(28)
+    ]
+    found = [min(range(28), key=lambda n: np.abs(rolled[n] - y).max()) for y in (first, other)]
+    assert 0 not in found and found[0] != found[1]
+    np.testing.assert_allclose(rolled[found[0]], first, atol=1e-6)
+    assert set(seen) == {jnp.dtype(jnp.uint8)}
+
+
+def test_augmentation_draws_nothing_from_dropout():
+    draws = {}
+
+    def note(x, key):
+        draws["augment"] = key
+        return x
+
+    class Note(nn.Module):
+        @nn.compact
+        def __call__(self, x, train: bool):
+            draws["dropout"] = self.make_rng("dropout") if train else None
+            return nn.Dense(3)(x)
+
+    task = classification(Note(), num_classes=3, augment=note)
+    plain = classification(Note(), num_classes=3)
+    params = task.init(KEY, VECTORS)
+    plain.apply(params, VECTORS, KEY)
+    without = draws["dropout"]
+    task.apply(params, VECTORS, KEY)
+    assert draws["dropout"] == without
+    assert draws["augment"] not in (KEY, without)
+
+
 def test_any_module_will_do():
     task = classification(nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(3)]), num_classes=3)
     params = task.init(KEY, VECTORS)

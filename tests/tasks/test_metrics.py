@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedexp.errors import UserError
-from fedexp.tasks.base import Measure, confusion_counts, masked_sums, segment_sums
+from fedexp.tasks.base import Measure, add_by_segment, confusion_counts, masked_sums
 from fedexp.tasks.metrics import accuracy, cross_entropy, top_k
 
 RNG = np.random.default_rng(0)
@@ -60,17 +60,19 @@ def test_sequences_weigh_their_length(metric):
     np.testing.assert_array_equal(sequence.weights, np.full(20, 10))
 
 
-def test_masked_and_segment_sums():
+def test_masked_sums_and_sums_by_segment():
     values, weights = RNG.normal(size=(2, 30)).astype(np.float32)
     mask, segments = RNG.random(30) < 0.6, RNG.integers(0, 6, 30)
     values[~mask] = np.nan
     total = masked_sums(Measure(jnp.asarray(values), jnp.asarray(weights)), mask)
     np.testing.assert_allclose(total.values, values[mask].sum(), rtol=1e-5)
     np.testing.assert_allclose(total.weights, weights[mask].sum(), rtol=1e-5)
-    each = segment_sums(Measure(jnp.asarray(values), jnp.asarray(weights)), mask, segments, 5)
+    sums = Measure(jnp.ones(5), jnp.zeros(5))
+    measure = Measure(jnp.asarray(values), jnp.asarray(weights))
+    each = add_by_segment(sums, measure, mask, segments)
     for segment in range(5):  # Segment 5 is outside and left out.
         rows = mask & (segments == segment)
-        np.testing.assert_allclose(each.values[segment], values[rows].sum(), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(each.values[segment], 1 + values[rows].sum(), rtol=1e-4)
         np.testing.assert_allclose(each.weights[segment], weights[rows].sum(), rtol=1e-4, atol=1e-6)
     assert each.values.shape == (5,)
 

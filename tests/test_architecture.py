@@ -13,10 +13,10 @@ LEVELS = [
     {"main"},
     {"trainer"},
     {"algorithms", "strategies", "evaluation", "config", "runtime"},
-    {"checkpointing", "summaries", "progress"},
+    {"checkpointing", "summaries", "progress", "profiling"},
     {"aggregators", "tasks"},
     {"models", "data"},
-    {"errors"},
+    {"errors", "paths"},
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 

@@ -1,12 +1,30 @@
 """Federated data sets, their readers and client samplers."""
 
 from fedexp.data.batching import ClientBatching as ClientBatching
+from fedexp.data.cifar100 import cifar100 as cifar100
 from fedexp.data.dataset import Batch as Batch
 from fedexp.data.dataset import FederatedDataset as FederatedDataset
 from fedexp.data.dataset import FederatedSplits as FederatedSplits
 from fedexp.data.emnist import emnist as emnist
 from fedexp.data.glyphs import glyphs as glyphs
+from fedexp.data.leaf import leaf as leaf
+from fedexp.data.partition import arrays as arrays
+from fedexp.data.partition import dirichlet as dirichlet
+from fedexp.data.partition import from_arrays as from_arrays
+from fedexp.data.partition import iid as iid
+from fedexp.data.partition import pachinko as pachinko
+from fedexp.data.partition import shards as shards
 from fedexp.data.samplers import Sampler as Sampler
 from fedexp.data.samplers import fixed as fixed
 from fedexp.data.samplers import poisson as poisson
 from fedexp.data.samplers import uniform as uniform
+from fedexp.data.shakespeare import shakespeare as shakespeare
+from fedexp.data.sqlite import fedjax_sqlite as fedjax_sqlite
+from fedexp.data.sqlite import tff_sqlite as tff_sqlite
+from fedexp.data.stackoverflow import stackoverflow_nwp as stackoverflow_nwp
+from fedexp.data.stackoverflow import stackoverflow_tags as stackoverflow_tags
+from fedexp.data.stackoverflow_synthetic import (
+    stackoverflow_synthetic as stackoverflow_synthetic,
+)
+from fedexp.data.tfrecord import tfrecord as tfrecord
+from fedexp.data.tfrecord import write_tfrecord as write_tfrecord

@@ -1,9 +1,11 @@
-"""The cache folder, and downloads into it that can be interrupted, resumed and trusted."""
+"""The cache folder, and downloads into it, from the web and from buckets."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
+import glob
 import hashlib
 import http.client
 import os
@@ -19,6 +21,7 @@ from pathlib import Path
 import filelock
 from absl import logging
 
+from fedexp import paths
 from fedexp.errors import UserError
 
 Report = Callable[[int, int | None], None]
@@ -123,6 +126,66 @@ def extracted(archive: Path) -> Iterator[Path]:
                 "again"
             ) from error
         yield Path(folder)
+
+
+def local_file(path: str | os.PathLike[str]) -> Path:
+    """The file itself, or for one in a bucket its copy in the cache; see `local_folder`."""
+    if not paths.is_remote(path):
+        return Path(path).expanduser()
+    folder, _, name = os.fspath(path).rpartition("/")
+    return local_folder(folder, glob.escape(name)) / name
+
+
+def local_folder(folder: str | os.PathLike[str], *patterns: str) -> Path:
+    """The folder itself, or for one in a bucket a folder of the cache with copies of its files.
+
+    Files are copied once, and again when the bucket has other ones under their names. Of several
+    processes that need the same folder one copies and the others wait.
+
+    Args:
+      folder: of this machine (~ is expanded) or a URL, as s3://bucket/data.
+      patterns: which files right in it are needed, as "*.json".
+
+    Raises:
+      UserError: a bucket's folder that cannot be read, or in which no file has such a name.
+    """
+    if not paths.is_remote(folder):
+        return Path(folder).expanduser()
+    url = os.fspath(folder).rstrip("/")
+
+    def is_wanted(name: str) -> bool:
+        return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+    copies = cache_dir() / "buckets" / url.replace("://", "/")
+    try:
+        versions = paths.versions(url)
+        wanted = {name: version for name, version in versions.items() if is_wanted(name)}
+        if not wanted:
+            listing = ", ".join(sorted(versions)[:10]) or "nothing"
+            raise UserError(f"expected {' and '.join(patterns)} in {url}, found {listing}")
+        with lock(copies):
+            for path in copies.glob("*"):
+                if path.is_file() and is_wanted(path.name) and path.name not in wanted:
+                    path.unlink()
+            for name, version in wanted.items():
+                _copy(url, name, version, copies)
+    except OSError as error:
+        raise UserError(f"cannot copy {url} into the cache: {error.strerror or error}") from error
+    return copies
+
+
+def _copy(url: str, name: str, version: str, folder: Path) -> None:
+    """Copies one file of a bucket, unless this version of it is there already."""
+    note = folder / ".versions" / name
+    if (folder / name).exists() and note.exists() and note.read_text() == version:
+        return
+    logging.info("copying %s/%s into the cache once", url, name)
+    with tempfile.TemporaryDirectory(prefix=".copying-", dir=folder.parent) as scratch:
+        paths.download(url, [name], Path(scratch))
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.unlink(missing_ok=True)
+        os.replace(Path(scratch) / name, folder / name)
+    paths.write(note, version)
 
 
 def _fetch(url: str, part: Path, by_hand: str) -> None:

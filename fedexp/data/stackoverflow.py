@@ -211,16 +211,17 @@ class _Files:
         for split in splits:
             if split not in _FILES:
                 raise UserError(f"evaluate_on must be 'test' or 'heldout', got {split!r}")
-        self._folder = None if data_dir is None else Path(data_dir).expanduser()
+        wanted = [*(_FILES[split] for split in splits), *counts]
+        self._folder = None if data_dir is None else download.local_folder(data_dir, *wanted)
         self._counts = counts
-        if self._folder is not None:
-            wanted = [*(_FILES[split] for split in splits), *counts]
-            if missing := [name for name in wanted if not (self._folder / name).is_file()]:
-                archives = " and ".join(sorted({_URL + _PUBLISHED[name][0] for name in missing}))
-                raise UserError(
-                    f"expected {', '.join(missing)} in {self._folder}; correct data_dir, extract "
-                    f"{archives} there, or leave data_dir out to have them downloaded"
-                )
+        if self._folder is not None and (
+            missing := [name for name in wanted if not (self._folder / name).is_file()]
+        ):
+            archives = " and ".join(sorted({_URL + _PUBLISHED[name][0] for name in missing}))
+            raise UserError(
+                f"expected {', '.join(missing)} in {self._folder}; correct data_dir, extract "
+                f"{archives} there, or leave data_dir out to have them downloaded"
+            )
 
     def load(
         self,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fedexp.data import download, packed
-from fedexp.data.dataset import FederatedDataset, FederatedSplits
+from fedexp.data.dataset import Examples, FederatedDataset, FederatedSplits
 from fedexp.errors import UserError
 
 if TYPE_CHECKING:
@@ -57,18 +58,46 @@ def read(
       UserError: no such file, not HDF5 or damaged, another layout, or values that `convert`
         refuses. The message names file, client and feature.
     """
-    import h5py
-
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no file {path}; correct the path, or download it")
-    try:
-        with h5py.File(path, "r") as file:
-            return _read_clients(path, _root(path, file), features, drop_empty)
-    except (OSError, RuntimeError, KeyError) as error:
-        raise UserError(
-            f"{path} is damaged or not an HDF5 file ({error}); download it again"
-        ) from error
+    with _opened(path) as root:
+        return _read_clients(path, root, features, drop_empty)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One HDF5 file of any size, for `conversion.convert`; it makes the same checks as `read`.
+
+    Attributes:
+      path: the file.
+      features: what to read, by the names that `encode` knows.
+      encode: maps a client's features to those of the data set: each of as many rows, with the same
+        dtype and shape for every client.
+      drop_empty: leave clients without examples out instead of raising.
+    """
+
+    path: Path
+    features: Mapping[str, Feature]
+    encode: Callable[[Examples], Examples]
+    drop_empty: bool = False
+
+    def client_ids(self) -> list[str]:
+        """In ascending order."""
+        with _opened(self.path) as root:
+            return sorted(root)
+
+    def read(self, client_ids: Sequence[str]) -> Iterator[Examples]:
+        """Yields what `encode` makes of each client."""
+        with _opened(self.path) as root:
+            for client_id in client_ids:
+                where = f"{self.path}: client {client_id!r}"
+                group = root[client_id]
+                if not _size(where, group, self.features) and not self.drop_empty:
+                    raise UserError(
+                        f"{where} has no examples; pass drop_empty=True to leave such clients out"
+                    )
+                yield self.encode(
+                    {name: _rows(where, group, feature) for name, feature in self.features.items()}
+                )
 
 
 def load_splits(
@@ -79,6 +108,8 @@ def load_splits(
     sha256: str,
     data_dir: str | None = None,
     drop_empty: bool = False,
+    transform: Callable[[FederatedDataset], FederatedDataset] = lambda dataset: dataset,
+    arguments: Mapping[str, object] | None = None,
 ) -> FederatedSplits:
     """Loads a data set that TFF publishes, packing it into the cache on the first call.
 
@@ -88,18 +119,21 @@ def load_splits(
       features: see `read`.
       version: raised whenever `features` changes what is read.
       sha256: SHA-256 checksum of the published archive, from TFF's source.
-      data_dir: folder with the two files; None downloads them.
+      data_dir: folder with the two files, also a URL as s3://bucket/data; None downloads them.
       drop_empty: see `read`.
+      transform: makes each partition from what was read, and may change how many rows clients have.
+      arguments: JSON values that `features` or `transform` depend on.
 
     Raises:
       UserError: the files are not in `data_dir`, cannot be downloaded, or cannot be read.
     """
 
     def read_folder(folder: Path) -> FederatedSplits:
-        train, test = _find(folder, name)
         return FederatedSplits(
-            read(train, features, drop_empty=drop_empty),
-            read(test, features, drop_empty=drop_empty),
+            *(
+                transform(read(path, features, drop_empty=drop_empty))
+                for path in _find(folder, name)
+            )
         )
 
     def read_published() -> FederatedSplits:
@@ -109,10 +143,10 @@ def load_splits(
         ) as folder:
             return read_folder(folder)
 
-    key = {"version": version, "drop_empty": drop_empty}
+    key = {"version": version, "drop_empty": drop_empty} | dict(arguments or {})
     if data_dir is None:
         return packed.load_or_build(name, key | {"sha256": sha256}, read_published)
-    folder = Path(data_dir).expanduser()
+    folder = download.local_folder(data_dir, f"{name}_*.h5")
     sources = [packed.fingerprint(path) for path in _find(folder, name)]
     return packed.load_or_build(name, key | {"sources": sources}, lambda: read_folder(folder))
 
@@ -129,6 +163,22 @@ def _find(folder: Path, name: str) -> tuple[Path, Path]:
             + f"; correct data_dir, or leave it out to download {_URL}{name}.tar.bz2"
         )
     return paths
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[h5py.Group]:
+    """The group of clients, of a file in which nothing is damaged that the body reads."""
+    import h5py
+
+    if not path.is_file():
+        raise UserError(f"no file {path}; correct the path, or download it")
+    try:
+        with h5py.File(path, "r") as file:
+            yield _root(path, file)
+    except (OSError, RuntimeError, KeyError) as error:
+        raise UserError(
+            f"{path} is damaged or not an HDF5 file ({error}); download it again"
+        ) from error
 
 
 def _root(path: Path, file: h5py.File) -> h5py.Group:
@@ -157,7 +207,7 @@ def _size(where: str, group: h5py.Group, features: Mapping[str, Feature]) -> int
                 f"{where}, feature {feature.source!r}: the shape is {array.shape}, expected "
                 f"(examples, {', '.join(map(str, feature.shape))}); is it the right file?"
             )
-        if not np.issubdtype(array.dtype, feature.dtype):
+        if not np.issubdtype(array.dtype, feature.dtype) or _holds_arrays(array):
             raise UserError(
                 f"{where}, feature {feature.source!r}: the dtype is {array.dtype}, expected "
                 f"{feature.dtype.__name__}; is it the right file?"
@@ -166,6 +216,20 @@ def _size(where: str, group: h5py.Group, features: Mapping[str, Feature]) -> int
     if len(set(lengths.values())) > 1:
         raise UserError(f"{where} has features of different lengths: {lengths}; mend the file")
     return next(iter(lengths.values()))
+
+
+def _holds_arrays(array: h5py.Dataset) -> bool:
+    """Whether its entries are arrays of variable length: objects to numpy, as strings are."""
+    import h5py
+
+    return array.dtype.hasobject and h5py.check_string_dtype(array.dtype) is None
+
+
+def _rows(where: str, group: h5py.Group, feature: Feature) -> np.ndarray:
+    try:
+        return feature.convert(group[feature.source][:])
+    except UserError as error:
+        raise UserError(f"{where}, feature {feature.source!r}: {error}") from error
 
 
 def _read_clients(
@@ -186,10 +250,7 @@ def _read_clients(
     flat: dict[str, np.ndarray] = {}
     for index, cid in enumerate(sizes):
         for name, feature in features.items():
-            try:
-                rows = feature.convert(root[cid][feature.source][:])
-            except UserError as error:
-                raise UserError(f"{where[cid]}, feature {feature.source!r}: {error}") from error
+            rows = _rows(where[cid], root[cid], feature)
             if name not in flat:
                 flat[name] = np.empty((offsets[-1], *rows.shape[1:]), rows.dtype)
             flat[name][offsets[index] : offsets[index + 1]] = rows

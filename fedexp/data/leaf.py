@@ -1,0 +1,141 @@
+"""LEAF's JSON layout: shards of {users, num_samples, user_data: {user: {x, y}}}."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import gin
+import numpy as np
+
+from fedexp.data import download
+from fedexp.data import features as features_lib
+from fedexp.data.dataset import FederatedDataset, FederatedSplits
+from fedexp.data.features import Features
+from fedexp.data.tff_hdf5 import Feature
+from fedexp.errors import UserError
+
+_LAYOUT = "LEAF's layout is {users: [...], num_samples: [...], user_data: {user: {x, y}}}"
+_FEMNIST = {"x": ("x", (784,), "float32"), "y": ("y", (), "int32")}
+
+
+@gin.configurable
+def leaf(
+    train_dir: str,
+    test_dir: str,
+    features: Features | None = None,
+    drop_empty: bool = False,
+    version: int | None = None,
+) -> FederatedSplits:
+    """A data set as LEAF's `preprocess.sh` writes it (Caldas et al. 2018, arXiv:1812.01097).
+
+    A client is a LEAF user, and clients are in ascending order of their ids. Reading needs the memory
+    of the result twice, and that of the largest shard's parsed JSON.
+
+    Args:
+      train_dir: folder of *.json shards, LEAF's data/train.
+      test_dir: LEAF's data/test.
+      features: name -> (source, shape, dtype) or (source, shape, dtype, convert), see
+        `fedexp.data.features`. Sources are keys of a user's data. With the dtype 'object' and the
+        shape () `convert` gets JSON values as they are: strings (Shakespeare), lists (Sent140,
+        Reddit), dicts. The default are FEMNIST's: x (784,) float32, 1 is white; y int32, 0 to 61.
+      drop_empty: leave users without examples out instead of raising.
+      version: what the `convert` functions do, as a number to raise when they change; see
+        `fedexp.data.features.load`. Where there are any and it is None, every run reads the files.
+
+    Raises:
+      UserError: no shards, another layout, a user in several shards, or values that do not fit
+        `features`. The message names file, user and feature.
+    """
+    wanted = features_lib.parse(_FEMNIST if features is None else features)
+    train, test = _shards(train_dir), _shards(test_dir)
+    return features_lib.load(
+        "leaf",
+        wanted,
+        [*train, *test],
+        lambda: FederatedSplits(
+            *(_read(paths, wanted, drop_empty=drop_empty) for paths in (train, test))
+        ),
+        version=version,
+        drop_empty=drop_empty,
+        num_train_shards=len(train),
+    )
+
+
+def _shards(directory: str) -> list[Path]:
+    folder = download.local_folder(directory, "*.json")
+    if not (paths := sorted(folder.glob("*.json"))):
+        raise UserError(f"no *.json files in {folder}; correct the path to LEAF's shards")
+    return paths
+
+
+def _read(
+    paths: list[Path], features: Mapping[str, Feature], *, drop_empty: bool
+) -> FederatedDataset:
+    clients: dict[str, dict[str, np.ndarray]] = {}
+    shard_of: dict[str, Path] = {}
+    for path in paths:
+        for user, examples in _users(path, features):
+            if user in clients:
+                raise UserError(
+                    f"{path}: client {user!r} is in {shard_of[user].name} too; remove one"
+                )
+            clients[user], shard_of[user] = examples, path
+    return features_lib.dataset(paths[0].parent, clients, drop_empty)
+
+
+def _users(
+    path: Path, features: Mapping[str, Feature]
+) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """The users of one shard and their rows."""
+    try:
+        shard = json.loads(path.read_bytes())
+        users, sizes, user_data = (shard[key] for key in ("users", "num_samples", "user_data"))
+        sizes = dict(zip(users, sizes, strict=True))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is not a shard of LEAF ({type(error).__name__}: {error}); {_LAYOUT}"
+        ) from error
+    if len(sizes) != len(users):
+        twice = next(user for user in sizes if users.count(user) > 1)
+        raise UserError(f"{path}: client {twice!r} occurs more than once in 'users'")
+    # LEAF's own split leaves users whom it drops behind, without data.
+    if unlisted := [
+        user for user in user_data if user not in sizes and any(user_data[user].values())
+    ]:
+        raise UserError(f"{path}: client {unlisted[0]!r} has data but is not one of 'users'")
+    for user, size in sizes.items():
+        where = f"{path}: client {user!r}"
+        data = user_data.get(user)
+        if not isinstance(data, dict):
+            raise UserError(f"{where} has no entry in 'user_data'; {_LAYOUT}")
+        yield user, {name: _rows(where, feature, data, size) for name, feature in features.items()}
+
+
+def _rows(where: str, feature: Feature, data: dict[str, list], size: int) -> np.ndarray:
+    values = data.get(feature.source)
+    if not isinstance(values, list):
+        raise UserError(
+            f"{where} has no list {feature.source!r}, only {sorted(data)}; correct `features`"
+        )
+    if len(values) != size:
+        raise UserError(
+            f"{where}, feature {feature.source!r}: there are {len(values)} examples, 'num_samples' "
+            f"says {size}; mend the file"
+        )
+    if not values:
+        return np.zeros(0)
+    if feature.dtype is object:
+        array = np.empty(size, object)
+        for i, value in enumerate(values):
+            array[i] = value
+    else:
+        try:
+            array = np.asarray(values)
+        except ValueError as error:
+            raise UserError(
+                f"{where}, feature {feature.source!r}: examples have different shapes; read them "
+                "with the dtype 'object' and a `convert`"
+            ) from error
+    return features_lib.rows(where, feature, array)

@@ -1,0 +1,311 @@
+"""Federated data sets from ordinary ones: arrays, and a partitioner that gives examples to clients.
+
+    train.dataset = @arrays()
+    arrays.path = 'cifar10.npz'
+    arrays.partition = @dirichlet()
+    dirichlet.num_clients = 100
+    dirichlet.alpha = 0.3
+
+A partitioner is a function of the features: it returns the rows of every client. It is deterministic
+in its seed.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Mapping
+
+import gin
+import numpy as np
+
+from fedexp.data import features as features_lib
+from fedexp.data.dataset import FederatedDataset, FederatedSplits
+from fedexp.errors import UserError
+
+# (features: name -> (num_examples, ...)) -> for every client its rows, (n_i,) of integers.
+Partitioner = Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]
+
+
+def from_arrays(features: Mapping[str, np.ndarray], partition: Partitioner) -> FederatedDataset:
+    """Gives the rows of `features` to clients "0", "1", ...
+
+    Args:
+      features: name -> (num_examples, ...), in storage dtype.
+      partition: which rows a client has. Rows that it gives to nobody are left out.
+
+    Raises:
+      UserError: features of different lengths, a row that two clients would have, a client without
+        rows, or what `partition` refuses.
+    """
+    arrays_ = {name: np.asarray(array) for name, array in features.items()}
+    shapes = {name: array.shape for name, array in arrays_.items()}
+    if len({shape[:1] for shape in shapes.values()}) != 1 or () in shapes.values():
+        raise UserError(f"features must have one row an example each, their shapes are {shapes}")
+    rows_of = partition(arrays_)
+    rows = np.concatenate(rows_of) if rows_of else np.zeros(0, np.int64)
+    if len(np.unique(rows)) != len(rows):
+        raise UserError("the partition gives an example to a client twice, or to two clients")
+    return FederatedDataset(
+        {name: array[rows] for name, array in arrays_.items()},
+        np.cumsum([0, *map(len, rows_of)]),
+        np.arange(len(rows_of)).astype(np.str_),
+    )
+
+
+@gin.configurable
+def arrays(
+    path: str,
+    partition: Partitioner,
+    test_path: str | None = None,
+    test_partition: Partitioner | None = None,
+    test_fraction: float = 0.1,
+) -> FederatedSplits:
+    """A federated data set from .npz files: every array in a file is a feature.
+
+    Args:
+      path: .npz file, its arrays having one row an example each.
+      partition: a partitioner, as @iid() or @dirichlet().
+      test_path: .npz file of the test partition. None takes a part of every client's examples, so
+        that a client has the same distribution in both; a client of a single example then is in the
+        training partition only.
+      test_partition: partitioner of `test_path`; None is `partition`.
+      test_fraction: the part, where there is no `test_path`.
+
+    Raises:
+      UserError: no such file, not an .npz file of numbers, or what `from_arrays` refuses.
+    """
+    train = from_arrays(_load(path), partition)
+    if test_path is None:
+        return FederatedSplits(*train.split_examples(1 - test_fraction))
+    return FederatedSplits(train, from_arrays(_load(test_path), test_partition or partition))
+
+
+def _load(path: str) -> dict[str, np.ndarray]:
+    file = features_lib.existing(path)
+    try:
+        with np.load(file) as content:
+            return dict(content)
+    except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{file} is not an .npz file of numbers ({error})") from error
+
+
+@gin.configurable
+def iid(num_clients: int, seed: int = 0) -> Partitioner:
+    """Deals all examples out at random; sizes differ by one at most."""
+    _check_counts(num_clients=num_clients)
+
+    def partition(features: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        num_examples = len(next(iter(features.values())))
+        _check_enough(num_examples, num_clients)
+        order = np.random.default_rng(seed).permutation(num_examples)
+        return np.array_split(order, num_clients)
+
+    return partition
+
+
+@gin.configurable
+def shards(
+    num_clients: int, shards_per_client: int = 2, label: str = "y", seed: int = 0
+) -> Partitioner:
+    """The pathological partition of McMahan et al. 2017 (arXiv:1602.05629, section 3).
+
+    Examples, sorted by label, are cut into num_clients x shards_per_client shards, and every client
+    is given shards at random. With 2 most clients have two labels. All examples are used; shards'
+    sizes differ by one at most.
+
+    Args:
+      num_clients: how many clients.
+      shards_per_client: how many shards each is given.
+      label: the feature to sort by, one integer an example.
+      seed: of the order within a label, and of who is given what.
+    """
+    _check_counts(num_clients=num_clients, shards_per_client=shards_per_client)
+
+    def partition(features: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        labels, rng = _labels(features, label), np.random.default_rng(seed)
+        num_shards = num_clients * shards_per_client
+        _check_enough(len(labels), num_shards, "shards")
+        order = rng.permutation(len(labels))
+        shards_ = np.array_split(order[np.argsort(labels[order], kind="stable")], num_shards)
+        return [
+            np.concatenate([shards_[i] for i in given])
+            for given in rng.permutation(num_shards).reshape(num_clients, shards_per_client)
+        ]
+
+    return partition
+
+
+@gin.configurable
+def dirichlet(num_clients: int, alpha: float, label: str = "y", seed: int = 0) -> Partitioner:
+    """Clients of equal size and Dirichlet distributed labels (Hsu et al. 2019, arXiv:1909.06335).
+
+    Client k draws q_k ~ Dir(alpha p), p being the frequencies of the labels in the data, and then its
+    examples' labels from q_k, without replacement: a label that is used up is left out of q_k, which
+    is renormalised. q_k has the mean p and the variance p (1 - p) / (alpha + 1): alpha -> infinity is
+    IID, alpha -> 0 a single label a client. All examples are used, so the last clients take what is
+    left. Sizes differ by one at most, so no client is empty.
+
+    Args:
+      num_clients: how many clients.
+      alpha: concentration, above 0.
+      label: the feature to partition by, one integer an example.
+      seed: of all draws.
+    """
+    _check_counts(num_clients=num_clients)
+    _check_concentrations(alpha=alpha)
+
+    def partition(features: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        labels, rng = _labels(features, label), np.random.default_rng(seed)
+        _check_enough(len(labels), num_clients)
+        stock = _Stock(labels, rng)
+        prior = stock.left / len(labels)
+        return [
+            stock.take(_draw(rng, size, rng.dirichlet(alpha * prior), stock.left))
+            for size in _sizes(len(labels), num_clients)
+        ]
+
+    return partition
+
+
+@gin.configurable
+def pachinko(
+    num_clients: int,
+    examples_per_client: int | None = None,
+    root_alpha: float = 0.1,
+    leaf_alpha: float = 10.0,
+    label: str = "y",
+    coarse_label: str = "coarse",
+    seed: int = 0,
+) -> Partitioner:
+    """The Pachinko Allocation Method (Reddi et al. 2021, arXiv:2003.00295, appendix F).
+
+    A client draws a distribution over the coarse labels from a symmetric Dirichlet with root_alpha,
+    and for every coarse label one over its fine labels with leaf_alpha. An example's coarse label
+    follows the first, its fine label the second, and the example is any with this label, without
+    replacement. A label that is used up is left out, and the distribution it was in renormalised.
+    Federated CIFAR-100 has 500 clients of 100 training examples, and 100 clients of 100 test examples.
+
+    Args:
+      num_clients: how many clients.
+      examples_per_client: the size of every client, further examples being left out; None uses all
+        examples, with sizes that differ by one at most.
+      root_alpha: concentration over coarse labels, above 0.
+      leaf_alpha: concentration over the fine labels of a coarse one, above 0.
+      label: the feature with the fine label, one integer an example.
+      coarse_label: the feature with the coarse label; a fine label has one.
+      seed: of all draws.
+    """
+    _check_counts(num_clients=num_clients)
+    _check_concentrations(root_alpha=root_alpha, leaf_alpha=leaf_alpha)
+    if examples_per_client is not None:
+        _check_counts(examples_per_client=examples_per_client)
+
+    def partition(features: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        labels, rng = _labels(features, label), np.random.default_rng(seed)
+        coarse = _labels(features, coarse_label)
+        _check_enough(len(labels), num_clients * (examples_per_client or 1), "examples")
+        stock = _Stock(labels, rng)
+        leaves = _leaves(labels, coarse)
+        if examples_per_client is None:
+            sizes = _sizes(len(labels), num_clients)
+        else:
+            sizes = [examples_per_client] * num_clients
+
+        def client(size: int) -> np.ndarray:
+            at_root = np.array([stock.left[fine].sum() for fine in leaves])
+            root = rng.dirichlet(np.full(len(leaves), root_alpha))
+            counts = np.zeros_like(stock.left)
+            for fine, count in zip(leaves, _draw(rng, size, root, at_root), strict=True):
+                leaf = rng.dirichlet(np.full(len(fine), leaf_alpha))
+                counts[fine] = _draw(rng, count, leaf, stock.left[fine])
+            return stock.take(counts)
+
+        return [client(size) for size in sizes]
+
+    return partition
+
+
+class _Stock:
+    """Examples that nobody has yet, in random order within each label.
+
+    Attributes:
+      left: examples left of each of the labels that occur, in ascending order, (num_labels,).
+    """
+
+    def __init__(self, labels: np.ndarray, rng: np.random.Generator) -> None:
+        order = rng.permutation(len(labels))
+        _, self.left = np.unique(labels, return_counts=True)
+        by_label = order[np.argsort(labels[order], kind="stable")]
+        self._rows = np.split(by_label, np.cumsum(self.left)[:-1])
+
+    def take(self, counts: np.ndarray) -> np.ndarray:
+        """Takes counts[i] examples of label i out; returns their rows."""
+        rows = [
+            rows[left - n : left]
+            for rows, left, n in zip(self._rows, self.left, counts, strict=True)
+        ]
+        self.left = self.left - counts
+        return np.concatenate(rows)
+
+
+def _draw(rng: np.random.Generator, size: int, q: np.ndarray, left: np.ndarray) -> np.ndarray:
+    """Counts of `size` draws from q, where outcome i can be drawn left[i] times.
+
+    Draws of what is used up are rejected and drawn again, which is what renormalising q amounts to.
+    """
+    counts = np.zeros_like(left)
+    while missing := size - counts.sum():
+        weights = np.where(counts < left, q, 0)
+        if not weights.sum():
+            # What is left of q underflowed. Its limit is a single outcome.
+            weights = np.eye(len(q))[rng.choice(len(q), p=(left - counts) / (left - counts).sum())]
+        counts = np.minimum(counts + rng.multinomial(missing, weights / weights.sum()), left)
+    return counts
+
+
+def _leaves(labels: np.ndarray, coarse: np.ndarray) -> list[np.ndarray]:
+    """For every coarse label the indices of its fine labels among those that occur."""
+    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    parent = coarse[first]
+    if (wrong := np.flatnonzero(parent[inverse] != coarse)).size:
+        label = labels[wrong[0]]
+        raise UserError(
+            f"the fine label {label} has several coarse labels, as {coarse[wrong[0]]} and "
+            f"{parent[inverse[wrong[0]]]}; it must have one"
+        )
+    return [np.flatnonzero(parent == c) for c in np.unique(parent)]
+
+
+def _labels(features: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    if name not in features:
+        raise UserError(f"no feature {name!r} to partition by; there are {sorted(features)}")
+    labels = features[name]
+    if labels.ndim != 1 or labels.dtype.kind not in "biu":
+        raise UserError(
+            f"to partition by feature {name!r} it must be one integer an example; its shape is "
+            f"{labels.shape} and its dtype {labels.dtype}"
+        )
+    return labels
+
+
+def _sizes(num_examples: int, num_clients: int) -> list[int]:
+    return [len(rows) for rows in np.array_split(np.empty(num_examples, bool), num_clients)]
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if not isinstance(count, int) or count < 1:
+            raise UserError(f"{name} must be a whole number above 0, got {count!r}")
+
+
+def _check_concentrations(**alphas: float) -> None:
+    for name, alpha in alphas.items():
+        if not 0 < alpha < np.inf:
+            raise UserError(f"{name} must be above 0 and finite, got {alpha}")
+
+
+def _check_enough(num_examples: int, needed: int, what: str = "clients") -> None:
+    if num_examples < needed:
+        raise UserError(
+            f"{num_examples} examples are too few for {needed} {what}; lower the number of clients"
+        )

@@ -1,0 +1,129 @@
+"""Files of this machine and of buckets: a path such as s3://bucket/run goes through fsspec.
+
+What a bucket's library raises arrives as an OSError whose `strerror` says it in one line, as for local files.
+TensorFlow is not involved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedexp.errors import UserError
+
+if TYPE_CHECKING:
+    import fsspec
+
+PathLike = str | os.PathLike[str]
+
+# The libraries that fedexp's extras install.
+_EXTRAS = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs")}
+# What a store says of an object that changes whenever its content does.
+_VERSION = ("size", "ETag", "etag", "generation", "LastModified", "mtime", "created")
+
+
+def is_remote(path: PathLike) -> bool:
+    """Whether the path is a URL, as s3://bucket/run; such a path must stay a string."""
+    return re.match(r"[a-z][a-z0-9+.-]+://", os.fspath(path)) is not None
+
+
+def exists(path: PathLike) -> bool:
+    """Whether there is such a file or folder."""
+    if not is_remote(path):
+        return os.path.exists(path)
+    with _store(path) as (store, inside):
+        return store.exists(inside)
+
+
+def read_text(path: PathLike) -> str:
+    """The content of a UTF-8 file."""
+    if not is_remote(path):
+        return Path(path).read_text(encoding="utf-8")
+    with _store(path) as (store, inside):
+        return store.cat_file(inside).decode("utf-8")
+
+
+def write(path: PathLike, content: str | bytes) -> None:
+    """Writes a file; a reader sees all of it or what was there before."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    if is_remote(path):
+        with _store(path) as (store, inside):
+            store.pipe_file(inside, data)
+        return
+    target = Path(path)
+    partial = target.with_name(f"{target.name}.partial")
+    partial.write_bytes(data)
+    os.replace(partial, target)
+
+
+def versions(url: str) -> dict[str, str]:
+    """The files right in a bucket's folder: name -> what tells a file from an edited one."""
+    with _store(url) as (store, inside):
+        return {
+            os.path.basename(info["name"]): " ".join(
+                f"{key}={info[key]}" for key in _VERSION if info.get(key) is not None
+            )
+            for info in store.ls(inside, detail=True)
+            if info["type"] == "file"
+        }
+
+
+def find(url: str) -> list[str]:
+    """All files below a bucket's folder, by their path from there."""
+    with _store(url) as (store, inside):
+        return [os.path.relpath(path, inside) for path in store.find(inside)]
+
+
+def upload(folder: Path, names: Sequence[str], url: str) -> None:
+    """Copies files below `folder` to the same places below `url`."""
+    with _store(url) as (store, inside):
+        if names:
+            store.put([str(folder / n) for n in names], [f"{inside}/{n}" for n in names])
+
+
+def download(url: str, names: Sequence[str], folder: Path) -> None:
+    """Copies files below `url` to the same places below `folder`."""
+    with _store(url) as (store, inside):
+        if names:
+            store.get([f"{inside}/{n}" for n in names], [str(folder / n) for n in names])
+
+
+def remove(url: str, names: Sequence[str]) -> None:
+    """Deletes files below `url`."""
+    with _store(url) as (store, inside):
+        if names:
+            store.rm([f"{inside}/{name}" for name in names])
+
+
+@contextlib.contextmanager
+def _store(url: PathLike) -> Iterator[tuple[fsspec.AbstractFileSystem, str]]:
+    """The file system of a URL and the path in it, for a body in which that may fail."""
+    import fsspec
+
+    url = os.fspath(url)
+    scheme = url.partition("://")[0]
+    try:
+        store, inside = fsspec.core.url_to_fs(url.rstrip("/"), use_listings_cache=False)
+        yield store, inside
+    except ImportError as error:
+        library, extra = _EXTRAS.get(scheme, (None, None))
+        raise UserError(
+            f"{url} needs {library}, which is not installed: pip install 'fedexp[{extra}]'"
+            if library
+            else f"{url} cannot be reached: {_one_line(error)}"
+        ) from error
+    except Exception as error:  # Every store has its own.
+        if isinstance(error, FileNotFoundError):
+            bucket = url.split("/")[2]
+            missing = f"there is no bucket {bucket!r}, or nothing of this name in it"
+            raise FileNotFoundError(errno.ENOENT, missing) from error
+        raise OSError(getattr(error, "errno", None) or errno.EIO, _one_line(error)) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

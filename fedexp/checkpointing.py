@@ -3,6 +3,9 @@
 A checkpoint is a folder `<directory>/<round>` with two Orbax items: `state`, a flat dict of the
 state's arrays named by their path (`params.Dense_0.kernel`), and `about`, a JSON of the caller's
 metadata and every array's dtype, shape and checksum.
+
+Orbax writes arrays to this machine's disk, or with Google's own library to gs://, but not to s3://. So for
+every bucket it works in a temporary folder here, whose finished checkpoints are copied to and fro.
 """
 
 from __future__ import annotations
@@ -10,8 +13,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import tempfile
 import zlib
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedexp import paths
 from fedexp.errors import UserError
 
 PyTree = Any
+
+# Orbax leaves this file in a finished checkpoint; in a bucket it is the last to come and the first to go.
+_COMMITTED = "commit_success.txt"
 
 
 class Checkpointer:
@@ -31,7 +40,8 @@ class Checkpointer:
     every one makes the same calls, and the first one writes; states are replicated over processes.
 
     Args:
-      directory: where checkpoints lie; made if missing. What a killed save left there is removed.
+      directory: where checkpoints lie, of this machine or a URL; made if missing. What a killed save left
+        there is removed.
       keep: the number of most recent checkpoints to keep.
       best_metric: a key of `save`'s `metrics`; the best checkpoint by it is kept as well.
       best_mode: whether the best is the largest or the smallest.
@@ -54,15 +64,14 @@ class Checkpointer:
         if best_mode not in ("max", "min"):
             raise UserError(f"CheckpointPlan.best_mode must be 'max' or 'min', got {best_mode!r}")
         import orbax.checkpoint as ocp
-        from etils import epath
 
         # What matters in Orbax's log reaches the caller as an exception.
         logging.getLogger("absl").addFilter(_is_not_from_orbax)
         self._ocp = ocp
         self._best_metric = best_metric
-        self._directory = str(directory)
-        if "://" not in self._directory:
-            self._directory = os.path.abspath(self._directory)
+        self._bucket = _Bucket(str(directory)) if paths.is_remote(directory) else None
+        self._directory = str(directory) if self._bucket else os.path.abspath(directory)
+        folder = self._bucket.folder if self._bucket else Path(self._directory)
         policies = ocp.checkpoint_managers
         preserved: list[Any] = [policies.LatestN(keep)]
         if best_metric is not None:
@@ -83,12 +92,14 @@ class Checkpointer:
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         try:
-            epath.Path(self._directory).mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            if self._bucket:
+                self._bucket.pull()
         except Exception as error:
             raise self._cannot_write(error) from error
         try:
             self._manager = ocp.CheckpointManager(
-                self._directory, item_names=("state", "about"), options=options
+                folder, item_names=("state", "about"), options=options
             )
         except Exception as error:
             raise UserError(
@@ -129,9 +140,9 @@ class Checkpointer:
         }
         tracked = self._tracked(metrics)
         args = self._ocp.args
+        self.wait()
         try:
             for later in [r for r in self._manager.all_steps() if r >= round]:
-                self._manager.wait_until_finished()
                 if not force:
                     raise UserError(
                         f"{self._directory} already holds a checkpoint of round {later}, so round "
@@ -148,6 +159,8 @@ class Checkpointer:
                 metrics=tracked,
                 force=True,
             )
+            if self._bucket:
+                self._bucket.push(round, self._manager)
         except UserError:
             raise
         except Exception as error:
@@ -204,9 +217,11 @@ class Checkpointer:
         return _fill(template, arrays, path), metadata
 
     def wait(self) -> None:
-        """Returns when the save under way is complete on disk."""
+        """Returns when the save under way is complete, on disk or in the bucket."""
         try:
             self._manager.wait_until_finished()
+            if self._bucket:
+                self._bucket.wait()
         except Exception as error:
             raise self._cannot_write(error) from error
 
@@ -216,6 +231,8 @@ class Checkpointer:
             self.wait()
         finally:
             self._manager.close()
+            if self._bucket:
+                self._bucket.close()
 
     def _tracked(self, metrics: Mapping[str, float] | None) -> dict[str, float] | None:
         if metrics is None or self._best_metric is None:
@@ -233,6 +250,66 @@ class Checkpointer:
             f"Cannot write checkpoints to {self._directory}: {_first_line(error)}. "
             "Free space there, or choose another folder."
         )
+
+
+class _Bucket:
+    """A bucket's folder of checkpoints, and the temporary folder in which Orbax sees them.
+
+    Of several processes every one has such a folder, and the first one writes to the bucket.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._scratch = tempfile.TemporaryDirectory(prefix="fedexp-checkpoints-")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="upload")
+        self._upload: Future[None] | None = None
+        self.folder = Path(self._scratch.name)
+
+    def pull(self) -> None:
+        """Fetches all finished checkpoints, and deletes what a killed upload left."""
+        files = paths.find(self._url)
+        finished = {_round(file) for file in files if _is_commit(file)}
+        paths.download(self._url, [f for f in files if _round(f) in finished], self.folder)
+        if jax.process_index() == 0:
+            self._remove([f for f in files if _round(f) not in finished])
+
+    def push(self, round: int, manager: Any) -> None:
+        """Copies a checkpoint once it is finished, then deletes those gone here; in the background."""
+        if jax.process_index() == 0:
+            self._upload = self._thread.submit(self._push, round, manager)
+
+    def wait(self) -> None:
+        """Returns when the bucket is up to date; raises what went wrong."""
+        if self._upload is not None:
+            upload, self._upload = self._upload, None
+            upload.result()
+
+    def close(self) -> None:
+        """Ends the thread and deletes the temporary folder."""
+        self._thread.shutdown()
+        self._scratch.cleanup()
+
+    def _push(self, round: int, manager: Any) -> None:
+        manager.wait_until_finished()
+        old = paths.find(self._url)
+        self._remove([file for file in old if _round(file) == str(round)])
+        found = [path for path in (self.folder / str(round)).rglob("*") if path.is_file()]
+        files = [path.relative_to(self.folder).as_posix() for path in found]
+        paths.upload(self.folder, [file for file in files if not _is_commit(file)], self._url)
+        paths.upload(self.folder, [file for file in files if _is_commit(file)], self._url)
+        self._remove([file for file in old if not (self.folder / _round(file)).exists()])
+
+    def _remove(self, files: list[str]) -> None:
+        paths.remove(self._url, [file for file in files if _is_commit(file)])
+        paths.remove(self._url, [file for file in files if not _is_commit(file)])
+
+
+def _round(file: str) -> str:
+    return file.partition("/")[0]
+
+
+def _is_commit(file: str) -> bool:
+    return file.partition("/")[2] == _COMMITTED
 
 
 def _is_not_from_orbax(record: logging.LogRecord) -> bool:

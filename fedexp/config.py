@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util  # noqa: F401  Gin 0.5 uses it without importing it.
 import inspect
+import io
 import logging
 import os
 import re
@@ -15,6 +16,7 @@ import gin
 from gin import config as gin_config
 
 import fedexp
+from fedexp import paths
 from fedexp.errors import UserError
 
 # Bindings that say how to start a run, not what the run is.
@@ -24,12 +26,14 @@ _NOT_PART_OF_THE_EXPERIMENT = ("workdir.allow_config_change",)
 def load(files: Sequence[str], bindings: Sequence[str]) -> None:
     """Parses gin files and then `--gin_param` bindings, which win.
 
-    A file is looked for relative to the current folder first, then among the configs fedexp ships.
+    A file is looked for relative to the current folder first, then among the configs fedexp ships. It may
+    also be in a bucket, as s3://bucket/a.gin; so may what it includes.
 
     Raises:
       UserError: a missing file, a syntax error or a name nobody knows, with the nearest known one.
     """
     gin.add_config_file_search_path(str(shipped_configs()))
+    gin_config.register_file_reader(_open_remote, _is_remote_file)
     # Gin logs an error for every folder it looks into in vain, also when it finds the file later.
     logging.getLogger().addFilter(lambda record: not record.msg.startswith("Path not found"))
     try:
@@ -68,15 +72,17 @@ def claim(path: str | os.PathLike, allow_config_change: bool = False, write: boo
     Args:
       path: created if missing; keeps the bindings in `config.gin`.
       allow_config_change: go on in the folder of a different experiment, from its checkpoints.
-      write: False only compares; of several processes, one writes.
+      write: False only compares; of several processes, one writes. All write to a bucket, the same.
 
     Raises:
       UserError: an unwritable folder, or one whose experiment has other bindings, which are listed.
     """
-    record = Path(path) / "config.gin"
+    record = os.path.join(path, "config.gin")
+    is_remote = paths.is_remote(path)
     try:
-        record.parent.mkdir(parents=True, exist_ok=True)
-        changed = differences(record.read_text()) if record.exists() else []
+        if not is_remote:
+            os.makedirs(path, exist_ok=True)
+        changed = differences(paths.read_text(record)) if paths.exists(record) else []
         if changed and not allow_config_change:
             raise UserError(
                 f"{path} holds a run of another config:\n  "
@@ -84,10 +90,8 @@ def claim(path: str | os.PathLike, allow_config_change: bool = False, write: boo
                 + "\nChoose another --workdir, or go on in this one with "
                 "--gin_param=workdir.allow_config_change=True"
             )
-        if write:
-            partial = record.with_suffix(".partial")
-            partial.write_text(as_text())
-            os.replace(partial, record)
+        if write or is_remote:  # Only writing tells whether a bucket can be written to.
+            paths.write(record, as_text())
     except OSError as error:
         raise UserError(f"cannot write to --workdir={path}: {error.strerror}") from error
 
@@ -129,6 +133,21 @@ def as_text() -> str:
     """The bindings in force as sorted lines of a gin file."""
     lines = (f"{name} = {value}\n" for name, value in sorted(bindings().items()))
     return "".join(line for line in lines if _is_experiment(line))
+
+
+def _is_remote_file(name: str) -> bool:
+    if not paths.is_remote(name):
+        return False
+    try:
+        if paths.exists(name):
+            return True
+    except OSError as error:
+        raise UserError(f"cannot read {name}: {error.strerror}") from error
+    raise UserError(f"there is no {name}, or no such bucket")
+
+
+def _open_remote(name: str) -> io.StringIO:
+    return io.StringIO(paths.read_text(name))
 
 
 def _is_experiment(name: str) -> bool:

@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from absl import app, flags
 
 _GIN_FILES = flags.DEFINE_multi_string(
-    "gin_file", [], "Gin file of the experiment: a path, or the name of one that fedexp ships."
+    "gin_file",
+    [],
+    "Gin file of the experiment: a path or URL, or the name of one that fedexp ships.",
 )
 _GIN_PARAMS = flags.DEFINE_multi_string(
     "gin_param", [], "Gin binding that overrides the files, such as train.seed=1."
@@ -23,7 +25,7 @@ flags.DEFINE_alias("gin_bindings", "gin_param")
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "Folder of the run's results, checkpoints and summaries; none are kept without.",
+    "Folder of the run's results, checkpoints and summaries, also s3:// or gs://; none are kept without.",
 )
 
 
@@ -37,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.INFO)
     # Imported here, so that --help and a mistyped flag answer at once.
-    from fedexp import config, progress, runtime, trainer
+    from fedexp import config, paths, progress, runtime, trainer
     from fedexp.errors import UserError
 
     try:
@@ -52,7 +54,9 @@ def main(argv: Sequence[str]) -> int:
         runtime.leave(f"error: {_without_gin_frames(str(error))}", code=2)
     if runtime.is_first():
         progress.print_table(result.history)
-        if _WORKDIR.value:
+        if _WORKDIR.value and paths.is_remote(_WORKDIR.value):
+            print(f"results are in {_WORKDIR.value}")
+        elif _WORKDIR.value:
             print(f"{_tensorboard()} --logdir {_WORKDIR.value}")
     return 0 if result.stopped_by is None else 128 + result.stopped_by
 

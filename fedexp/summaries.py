@@ -15,21 +15,24 @@ from typing import Any
 
 import numpy as np
 
+from fedexp import paths
 from fedexp.errors import UserError
 
 _FLUSH_SECS = 1.0
+_BUCKET_FLUSH_SECS = 30.0
+_BUCKET_FILE_BYTES = 4 << 20
 _HISTOGRAM_BINS = 30
 _file_numbers = itertools.count()
 
 
 class Writer:
-    """Writes one TensorBoard event file; a live TensorBoard sees values within about a second.
+    """Writes TensorBoard events; a live TensorBoard sees values within about a second.
 
-    Events are collected in memory and appended to the file by a background thread. `logdir` may be
-    a URL that `fsspec` knows.
+    Events are collected in memory and appended to the file by a background thread. Buckets have no
+    appending: there the file is written anew every half minute, and followed by another once it is large.
 
     Args:
-      logdir: the folder of the run; made if missing.
+      logdir: the folder of the run; made if missing. It may be a URL, as s3://bucket/run.
       resume_at: the first step this writer will write. TensorBoard then drops what an earlier,
         killed run wrote for this and for later steps.
 
@@ -39,24 +42,19 @@ class Writer:
     """
 
     def __init__(self, logdir: str | Path, *, resume_at: int | None = None) -> None:
-        # TensorBoard's own file layer: `tensorboard.compat.tf` would import TensorFlow.
         from tensorboard.compat.proto import event_pb2
-        from tensorboard.compat.tensorflow_stub.io import gfile
 
         self._logdir = str(logdir)
+        self._is_remote = paths.is_remote(logdir)
         self._pending: list[bytes] = []
         self._pending_lock = threading.Lock()
         self._file_lock = threading.Lock()
         self._error: Exception | None = None
         self._closed = threading.Event()
-        # TensorBoard reads a folder's files in the order of their names.
-        name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
         try:
-            gfile.makedirs(self._logdir)
-            self._file = gfile.GFile(f"{self._logdir}/{name}.{next(_file_numbers)}", "wb")
+            self._start_file()
         except Exception as error:
             raise self._cannot_write(error) from error
-        self._add(file_version="brain.Event:2")
         if resume_at is not None:
             # Twice, for TensorBoard takes a run's first START for its beginning, and drops nothing.
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
@@ -152,30 +150,42 @@ class Writer:
         self._add(step=step, summary=summary)
 
     def _add(self, **fields: Any) -> None:
-        from tensorboard.compat.proto import event_pb2
-
         self._raise_error()
         if self._closed.is_set():
             raise ValueError(f"the summary writer of {self._logdir} is closed")
-        event = event_pb2.Event(wall_time=time.time(), **fields).SerializeToString()
+        event = _event(**fields)
         with self._pending_lock:
             self._pending.append(event)
 
-    def _write_pending(self) -> None:
-        from tensorboard.summary.writer.record_writer import RecordWriter
+    def _start_file(self) -> None:
+        # TensorBoard reads a folder's files in the order of their names.
+        name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._path = os.path.join(self._logdir, f"{name}.{next(_file_numbers)}")
+        self._content = b""
+        if not self._is_remote:
+            os.makedirs(self._logdir, exist_ok=True)
+        self._append(_records([_event(file_version="brain.Event:2")]))
 
+    def _append(self, records: bytes) -> None:
+        if self._is_remote:
+            self._content += records
+            paths.write(self._path, self._content)
+            return
+        with open(self._path, "ab") as file:
+            file.write(records)
+
+    def _write_pending(self) -> None:
         with self._file_lock:
             with self._pending_lock:
                 events, self._pending = self._pending, []
-            if events:
-                records = io.BytesIO()
-                for event in events:
-                    RecordWriter(records).write(event)
-                self._file.write(records.getvalue())
-                self._file.flush()
+            if not events:
+                return
+            if len(self._content) > _BUCKET_FILE_BYTES:
+                self._start_file()
+            self._append(_records(events))
 
     def _flush_regularly(self) -> None:
-        while not self._closed.wait(_FLUSH_SECS):
+        while not self._closed.wait(_BUCKET_FLUSH_SECS if self._is_remote else _FLUSH_SECS):
             try:
                 self._write_pending()
             except Exception as error:
@@ -255,6 +265,22 @@ def image_grid(images: np.ndarray, *, columns: int | None = None, padding: int =
     grid = cells.reshape(rows, columns, *shape[1:]).swapaxes(1, 2)
     grid = grid.reshape(rows * shape[1], columns * shape[2], channels)
     return grid[: grid.shape[0] - padding, : grid.shape[1] - padding]
+
+
+def _event(**fields: Any) -> bytes:
+    from tensorboard.compat.proto import event_pb2
+
+    return event_pb2.Event(wall_time=time.time(), **fields).SerializeToString()
+
+
+def _records(events: Sequence[bytes]) -> bytes:
+    """Events as they stand in a file, each with its length and checksums."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    records = io.BytesIO()
+    for event in events:
+        RecordWriter(records).write(event)
+    return records.getvalue()
 
 
 def _png(image: np.ndarray) -> bytes:

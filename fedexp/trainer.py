@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import gin
@@ -20,7 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fedexp import config, models, runtime  # noqa: F401  Models register with Gin.
+from fedexp import config, models, paths, profiling, runtime  # noqa: F401  Models register with Gin.
 from fedexp.algorithms.base import Algorithm
 from fedexp.checkpointing import Checkpointer
 from fedexp.data import ClientBatching, FederatedSplits, Sampler, uniform
@@ -105,6 +104,7 @@ def train(
     strategy: Strategy | None = None,
     evaluation: EvaluationPlan | None = None,
     checkpoints: CheckpointPlan | None = None,
+    profile: profiling.ProfilePlan | None = None,
     seed: int = 0,
     *,
     workdir: str | os.PathLike | None = None,
@@ -126,8 +126,10 @@ def train(
       strategy: where cohorts run; `auto()` if None.
       evaluation: when to evaluate, and on what.
       checkpoints: when to save, and what to keep.
+      profile: rounds that TensorBoard's profiler records; none if None.
       seed: of the initial parameters, cohorts, batches and dropout.
-      workdir: folder for checkpoints, TensorBoard summaries and `final.json`; nothing is kept if None.
+      workdir: folder for checkpoints, TensorBoard summaries and `final.json`, of this machine or a URL as
+        s3://bucket/run; nothing is kept if None.
       overrides: gin bindings that must have had an effect by now.
       quiet: print no progress.
 
@@ -140,9 +142,11 @@ def train(
     batching = batching or ClientBatching()
     evaluation = evaluation or EvaluationPlan()
     checkpoints = checkpoints or CheckpointPlan()
+    if profile is not None:
+        profile.check(num_rounds, workdir)
     for part in dataset:
         task.check(part)
-    checkpoints.check(["test/loss", *(f"test/{name}" for name in task.metrics)])
+    checkpoints.check([f"test/{name}" for name in ("loss", *task.metrics, *task.derived)])
 
     def prepare(round_: int) -> PreparedRound:
         return runner.prepare(round_, sampler.sample(dataset.train.client_ids, seed, round_))
@@ -179,7 +183,11 @@ def train(
         log.describe(task, dataset, params)
         stop = stack.enter_context(_stop_signals(reporter))
         stack.enter_context(runtime.leaving_a_broken_group())
-        for prepared, waited in _one_ahead(prepare, range(done, num_rounds)):
+        rounds = _one_ahead(prepare, range(done, num_rounds))
+        if profile is not None and runtime.is_first():
+            rounds = profiling.recorded(rounds, profile, workdir, done=done, settle=log.settle)
+            stack.enter_context(contextlib.closing(rounds))
+        for prepared, waited in rounds:
             if len(prepared.clients):  # A Poisson cohort may be empty; its round changes nothing.
                 output = runner.run(state, prepared)
                 log.settle()  # The round before, while this one runs.
@@ -204,8 +212,8 @@ def train(
                 break
         saver.wait()
         if stopped_by is None and workdir is not None and runtime.is_first():
-            path = Path(workdir) / "final.json"
-            if log.has_news() or not path.exists():
+            path = os.path.join(workdir, "final.json")
+            if log.has_news() or not paths.exists(path):
                 final = {"rounds": done, "metrics": history[-1], "history": history}
                 _write(path, json.dumps(final | {"perf": log.perf()}, indent=2) + "\n")
     metrics = history[-1] if history else {}
@@ -218,7 +226,7 @@ class _Saver:
     def __init__(self, workdir: str | os.PathLike | None, plan: CheckpointPlan, runner: Runner):
         self._client_states = runner.client_states
         self._checkpointer = workdir and Checkpointer(
-            Path(workdir) / "checkpoints",
+            os.path.join(workdir, "checkpoints"),
             keep=plan.keep,
             best_metric=plan.best_metric,
             best_mode=plan.best_mode,
@@ -300,7 +308,7 @@ class _Log:
         )
         if self._writer:
             operative = gin.operative_config_str()
-            _write(Path(self._workdir) / "operative_config.gin", operative)
+            _write(os.path.join(self._workdir, "operative_config.gin"), operative)
             self._writer.text(0, "config/operative", gin.markdown(operative))
             images = task.images and task.images(dataset.train.slice(0, 64))
             if images is not None:
@@ -463,11 +471,8 @@ def _agreed(number: int | None) -> int | None:
     return int(multihost_utils.process_allgather(np.int32(number or 0)).max()) or None
 
 
-def _write(path: Path, text: str) -> None:
-    """Atomically, so that a reader never sees half a file."""
-    partial = path.with_suffix(".partial")
+def _write(path: str, text: str) -> None:
     try:
-        partial.write_text(text)
-        os.replace(partial, path)
+        paths.write(path, text)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; free space there") from error

@@ -14,7 +14,9 @@ from fedexp.tasks.classification import Preprocess, check_parameters_only, image
 
 
 @gin.configurable
-def reconstruction(model: nn.Module, preprocess: Preprocess | None = scale) -> Task:
+def reconstruction(
+    model: nn.Module, preprocess: Preprocess | None = scale, sum_loss: bool = False
+) -> Task:
     """The task of giving feature 'x' back by minimising the mean squared error.
 
     An example's loss is the mean over its pixels, so that 'loss' is the mean over all of them. Labels,
@@ -24,6 +26,8 @@ def reconstruction(model: nn.Module, preprocess: Preprocess | None = scale) -> T
       model: maps x, preprocessed (B, ...), to its reconstruction, of the same shape.
       preprocess: runs on x on the device, before the model; None for none. What it returns is also
         what the reconstruction is compared with.
+      sum_loss: minimise the sum over a batch's examples instead of their mean, as the code of Reddi et
+        al. 2021 (arXiv:2003.00295) does; their learning rates are for that sum.
 
     Raises:
       UserError: the task's `init` raises for a model that returns another shape or keeps state besides
@@ -50,7 +54,14 @@ def reconstruction(model: nn.Module, preprocess: Preprocess | None = scale) -> T
         means = (error.reshape(error.shape[0], -1) ** 2).mean(1)
         return Measure(means, jnp.ones_like(means))
 
-    return Task(init=init, apply=apply, loss=squared_error, images=images, check=_check_dataset)
+    return Task(
+        init=init,
+        apply=apply,
+        loss=squared_error,
+        sum_loss=sum_loss,
+        images=images,
+        check=_check_dataset,
+    )
 
 
 def _check_shape(

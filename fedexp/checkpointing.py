@@ -10,10 +10,12 @@ every bucket it works in a temporary folder here, whose finished checkpoints are
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
 import tempfile
+import threading
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +33,11 @@ PyTree = Any
 
 # Orbax leaves this file in a finished checkpoint; in a bucket it is the last to come and the first to go.
 _COMMITTED = "commit_success.txt"
+
+
+def import_ahead() -> None:
+    """Imports Orbax in the background, for it takes as long as compiling a small model."""
+    threading.Thread(target=importlib.import_module, args=("orbax.checkpoint",)).start()
 
 
 class Checkpointer:

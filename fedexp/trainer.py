@@ -19,9 +19,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fedexp import config, models, paths, profiling, runtime  # noqa: F401  Models register with Gin.
+from fedexp import checkpointing, config, models, paths, profiling, runtime  # noqa: F401  Models register with Gin.
 from fedexp.algorithms.base import Algorithm
-from fedexp.checkpointing import Checkpointer
 from fedexp.data import ClientBatching, FederatedSplits, Sampler, uniform
 from fedexp.errors import UserError
 from fedexp.evaluation import Evaluation, EvaluationPlan, Evaluator
@@ -142,6 +141,8 @@ def train(
     batching = batching or ClientBatching()
     evaluation = evaluation or EvaluationPlan()
     checkpoints = checkpoints or CheckpointPlan()
+    if workdir is not None:
+        checkpointing.import_ahead()
     if profile is not None:
         profile.check(num_rounds, workdir)
     for part in dataset:
@@ -225,7 +226,7 @@ class _Saver:
 
     def __init__(self, workdir: str | os.PathLike | None, plan: CheckpointPlan, runner: Runner):
         self._client_states = runner.client_states
-        self._checkpointer = workdir and Checkpointer(
+        self._checkpointer = workdir and checkpointing.Checkpointer(
             os.path.join(workdir, "checkpoints"),
             keep=plan.keep,
             best_metric=plan.best_metric,

@@ -16,7 +16,7 @@ class TagLogistic(nn.Module):
     Glorot-normal, the bias zero.
 
     The bag of words is never made: a post's logits are the mean of the rows of its words. Forward,
-    backward and step take a quarter of the time of a dense bag's (`python -m benchmarks.tags_in_loop`).
+    backward and step take less than half a dense bag's time (`python -m benchmarks.tags_in_loop`).
 
     Attributes:
       vocab_size: V, number of words.

@@ -14,6 +14,7 @@ from fedexp.strategies import schedule as schedule_lib
 from fedexp.strategies.base import Strategy
 from fedexp.strategies.client_states import ClientStates
 from fedexp.strategies.engine import DeviceWork
+from fedexp.tasks import run_once
 
 PyTree = Any
 _DEFAULT_RESIDENT_BYTES = 4 << 30
@@ -198,7 +199,8 @@ class Runner:
         # A restored state has no weak types, so neither may a first one: they compile differently.
         # Copies, because rounds donate it.
         state = jax.tree.map(
-            lambda leaf: np.array(leaf, jax.numpy.result_type(leaf)), self._algorithm.init(params)
+            lambda leaf: np.array(leaf, jax.numpy.result_type(leaf)),
+            run_once(self._algorithm.init, params),
         )
         return self.placement.replicate(state)
 

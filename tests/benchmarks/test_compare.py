@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks import compare
+from benchmarks.peers import workloads
+from benchmarks.peers.process import Library, Peer, PeerError
+from benchmarks.peers.protocol import Job
+
+ECHO = """
+import sys
+sys.path.insert(0, {folder!r})
+from protocol import Trainee, serve
+
+def set_up(job):
+    print("a library talks")
+    def train(rounds):
+        print("and talks")
+        return sum(len(job.client(c)["y"]) for r in rounds for c in job.cohorts[r])
+    return Trainee(int(job.features["y"].sum()), "nowhere", train, lambda: 2.5, ("a note",))
+
+serve(set_up, ("numpy", "no-such-package"))
+"""
+
+
+def small_job(**changes) -> Job:
+    job = {
+        "workload": "emnist_logistic",
+        "num_classes": 10,
+        "batch_size": 4,
+        "learning_rate": 0.1,
+        "seed": 0,
+        "cohorts": [[0, 2], [1, 2], [0, 1]],
+        "features": {"y": np.arange(11, dtype=np.int32)},
+        "offsets": np.array([0, 3, 7, 11]),
+    }
+    return Job(**job | changes)
+
+
+def script(tmp_path, text: str) -> Library:
+    path = tmp_path / "peer.py"
+    path.write_text(text)
+    return Library("Other", str(path), sys.executable, None, "other")
+
+
+def test_ratios():
+    # Taken turn by turn: the ratio of the medians would be 1.
+    assert compare.ratios([2.0, 4.0, 12.0], [4.0, 2.0, 4.0]) == [0.5, 2.0, 3.0]
+    with pytest.raises(ValueError):
+        compare.ratios([1.0, 2.0], [1.0])
+
+
+def test_everyone_begins_equally_often():
+    orders = [compare.rotated(["a", "b", "c"], turn) for turn in range(6)]
+    assert [order[0] for order in orders] == list("abcabc")
+    assert all(sorted(order) == ["a", "b", "c"] for order in orders)
+    assert compare.rotated([], 2) == []
+
+
+@pytest.mark.parametrize(
+    ("fastest", "rounds"), [(10.0, 1), (0.5, 1), (0.2, 3), (1e-6, compare.MAX_ROUNDS_A_TURN)]
+)
+def test_rounds_a_turn(fastest, rounds):
+    assert compare.rounds_a_turn(0.5, fastest) == rounds
+
+
+def test_work_is_counted():
+    job, both = small_job(), range(0, 2)
+    assert compare.real_examples(job, both) == 3 + 4 + 4 + 4
+    assert compare.real_examples(job, both, multiple=4) == 16
+    compare.check_work(15, job, both)
+    compare.check_work(16, job, both)
+    with pytest.raises(PeerError, match="trained on 14 examples in rounds 0 to 1; these hold 15"):
+        compare.check_work(14, job, both)
+    with pytest.raises(PeerError, match="7,851 parameters instead of 7,850"):
+        compare.check_parameters(7851, 7850)
+
+
+def test_a_job_survives_its_folder(tmp_path):
+    job = small_job()
+    job.write(tmp_path)
+    read = Job.read(tmp_path)
+    assert read.cohorts == job.cohorts and read.learning_rate == job.learning_rate
+    np.testing.assert_array_equal(read.client(1)["y"], [3, 4, 5, 6])
+
+
+def test_a_peer_answers_though_its_library_prints(tmp_path):
+    from benchmarks.peers import process
+
+    library = script(tmp_path, ECHO.format(folder=str(process.FOLDER)))
+    small_job().write(tmp_path)
+    with Peer(library) as peer:
+        reply = peer.ask(do="set_up", folder=str(tmp_path))
+        assert reply["parameters"] == 55 and reply["notes"] == ["a note"]
+        assert reply["versions"]["numpy"] == np.__version__
+        assert reply["versions"]["no-such-package"] == "checkout"
+        reply = peer.ask(do="train", rounds=[1, 3])
+        assert reply["examples"] == 8 + 7 and reply["norm"] == 2.5
+        assert reply["seconds"] > 0 and reply["cpu_seconds"] >= 0
+        assert 1 << 20 < reply["peak_bytes"] < 1 << 30
+
+
+def test_a_peer_that_fails_says_why(tmp_path):
+    library = script(tmp_path, "import no_such_library")
+    with (
+        Peer(library) as peer,
+        pytest.raises(PeerError, match="code 1.*No module.*no_such_library"),
+    ):
+        peer.ask(do="set_up", folder=str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["stackoverflow_lstm", "shakespeare_lstm"])
+def test_generated_text(name):
+    options = {"num_clients": 30, "cohort_size": 5, "num_rounds": 4, "seed": 3, "data": "glyphs"}
+    job = workloads.build(name, whole_batches=False, **options)
+    workload, tokens = workloads.WORKLOADS[name], job.features["tokens"]
+    assert tokens.shape == (job.offsets[-1], workload.length + 1) and tokens.dtype == np.uint16
+    assert tokens.max() < job.num_classes and tokens[:, :2].min() > 0
+    assert np.diff(job.offsets).max() <= workload.max_size and len(job.offsets) == 31
+    assert all(len(set(cohort)) == 5 and max(cohort) < 30 for cohort in job.cohorts)
+    assert job.num_classes in workload.parameters
+    whole = workloads.build(name, whole_batches=True, **options)
+    sizes = np.diff(whole.offsets)
+    assert sizes.min() > 0 and not (sizes % workload.batch_size).any()
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--turns=4", "--turns must be at least 5"),
+        ("--workloads=emnist_cnn,mnist", "got mnist"),
+        ("--pfl_python=/no/such/python", "--pfl_python: /no/such/python is not an interpreter"),
+        ("--fedjax_source=/no/such/folder", "there is no folder /no/such/folder"),
+    ],
+)
+def test_wrong_arguments(capsys, argument, message):
+    with pytest.raises(SystemExit):
+        compare.main([argument])
+    assert message in capsys.readouterr().err
+
+
+def test_digits_that_are_not_there(monkeypatch, capsys):
+    monkeypatch.delenv("FEDEXP_TEST_DATA", raising=False)
+    assert compare.main(["--data=digits", "--workloads=emnist_logistic"]) == 2
+    assert "set FEDEXP_TEST_DATA" in capsys.readouterr().err
+
+
+def test_missing_and_failing_libraries_are_reported(tmp_path, monkeypatch, capsys):
+    """fedexp alone, really measured, beside one library that is missing and one that fails."""
+    monkeypatch.setenv("FEDEXP_CACHE", str(tmp_path / "cache"))
+    output, drawing = tmp_path / "figures.json", tmp_path / "figures.png"
+    arguments = "--workloads=emnist_logistic --clients=4 --cohort_size=2 --turns=5 --measure=rounds"
+    arguments += f" --turn_seconds=1e-9 --output={output} --plot={drawing} --pfl_python=/bin/false"
+    assert compare.main(arguments.split()) == 1
+    report = json.loads(output.read_text())
+    figures = report["workloads"]["emnist_logistic"]
+    ours, fedjax, pfl = figures["libraries"].values()
+
+    assert "--fedjax_python is not given" in fedjax["missing"]
+    assert "code 1" in pfl["failed"]
+    seconds = ours["seconds_a_round"]
+    assert len(seconds["all"]) == 5 and figures["rounds_a_turn"] == 1
+    assert 0 < seconds["min"] <= seconds["median"] <= seconds["max"]
+    assert ours["ratio"]["all"] == [1.0] * 5
+    assert ours["cpu_seconds_a_round"]["min"] > 0
+    assert ours["trained_examples_a_round"] == figures["examples_a_round"]
+    assert figures["parameters"] == 48_670
+    assert report["libraries"]["fedexp"]["versions"].keys() > {"python", "jax", "flax"}
+    assert report["machine"].keys() >= {"cpu", "cores", "memory_gib", "load_before"}
+    assert str(tmp_path) not in output.read_text()
+    assert drawing.read_bytes().startswith(b"\x89PNG")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "FedJAX │ missing" in printed and "pfl-research │ failed" in printed
+    assert "FedJAX missing: --fedjax_python is not given" in printed

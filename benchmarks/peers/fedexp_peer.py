@@ -1,0 +1,89 @@
+"""fedexp, as its trainer runs rounds: the jit strategy, and a background thread a round ahead."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+import optax
+from protocol import Job, Trainee, serve
+
+import fedexp.trainer  # noqa: F401  What every user's process imports counts.
+from fedexp import models, runtime, tasks
+from fedexp.algorithms import fedavg
+from fedexp.data import ClientBatching, FederatedDataset
+from fedexp.models.language import LSTMLanguageModel
+from fedexp.strategies import Runner, jit
+from fedexp.tasks.language import next_token
+
+
+def build_task(job: Job) -> tasks.Task:
+    if job.workload.startswith("emnist"):
+        model = {"emnist_cnn": models.EmnistCNN, "emnist_logistic": models.EmnistLogistic}
+        return tasks.classification(
+            model[job.workload](num_classes=job.num_classes),
+            num_classes=job.num_classes,
+            preprocess=tasks.handwriting,
+        )
+    sizes = {
+        "stackoverflow_lstm": {
+            "embedding_size": 96,
+            "hidden_size": 670,
+            "num_layers": 1,
+            "projection_size": 96,
+        },
+        "shakespeare_lstm": {"embedding_size": 8, "hidden_size": 256, "num_layers": 2},
+    }
+    model = LSTMLanguageModel(vocab_size=job.num_classes, **sizes[job.workload])
+    return next_token(model)
+
+
+def set_up(job: Job) -> Trainee:
+    runtime.start()
+    client_ids = np.array([f"client{index}" for index in range(len(job.offsets) - 1)])
+    dataset = FederatedDataset(job.features, job.offsets, client_ids)
+    task = build_task(job)
+    params = task.init(jax.random.key(job.seed), dataset.slice(0, 1))
+    if job.workload == "emnist_logistic":
+        params = jax.tree.map(np.zeros_like, params)
+    num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    runner = Runner(
+        jit(),
+        fedavg(task, optax.sgd(job.learning_rate), optax.sgd(1.0)),
+        dataset,
+        ClientBatching(job.batch_size, shuffle=False),
+        params=params,
+        cohort_size=len(job.cohorts[0]),
+        seed=job.seed,
+    )
+    state = runner.start(params)
+    pool = ThreadPoolExecutor(1)
+
+    def prepare(round_: int):
+        return runner.prepare(round_, np.array(job.cohorts[round_ % len(job.cohorts)]))
+
+    upcoming = pool.submit(prepare, 0)
+
+    def train(rounds: range) -> int:
+        nonlocal state, upcoming
+        examples, metrics = 0, None
+        for round_ in rounds:
+            prepared = upcoming.result()
+            upcoming = pool.submit(prepare, round_ + 1)
+            output = runner.run(state, prepared)
+            jax.device_get(metrics)  # Those of the round before, while this one runs.
+            state, metrics = output.server_state, output.metrics
+            examples += prepared.num_examples
+        jax.device_get(metrics)
+        jax.block_until_ready(state)
+        upcoming.result()  # No round is prepared while another library's clock runs.
+        return examples
+
+    return Trainee(
+        num_parameters, str(jax.devices()[0]), train, lambda: float(optax.tree.norm(state.params))
+    )
+
+
+if __name__ == "__main__":
+    serve(set_up, ("fedexp", "jax", "jaxlib", "flax", "optax", "numpy"))

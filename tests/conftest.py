@@ -3,6 +3,8 @@
 import os
 import tempfile
 
+import gin
+import pytest
 from hypothesis import settings
 
 # A busy machine makes single examples slow; what is tested is not their speed.
@@ -14,3 +16,9 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "fedexp-tests-compiled")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+
+@pytest.fixture(autouse=True)
+def _no_bindings_from_other_tests():
+    yield
+    gin.clear_config()

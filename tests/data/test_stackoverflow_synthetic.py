@@ -219,5 +219,5 @@ def test_the_documented_figures():
     best, entropy = oracle(10_000, 2_000)
     assert unigram == pytest.approx(0.057, abs=0.001)
     assert bigram == pytest.approx(0.296, abs=0.001)
-    assert best == pytest.approx(0.298, abs=0.004)
+    assert best == pytest.approx(0.298, abs=0.008)  # Two standard errors of 2000 sentences.
     assert math.exp(entropy) == pytest.approx(39.5, abs=1)

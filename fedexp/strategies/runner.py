@@ -14,6 +14,7 @@ from fedexp.strategies import schedule as schedule_lib
 from fedexp.strategies.base import Strategy
 from fedexp.strategies.client_states import ClientStates
 from fedexp.strategies.engine import DeviceWork
+from fedexp.strategies.packed_tree import PackedTree
 from fedexp.tasks import run_once
 
 PyTree = Any
@@ -22,17 +23,25 @@ _SHUFFLE_STREAM = 1
 
 
 class RoundInputs(NamedTuple):
-    """What a round transfers besides examples; D devices, S client slots on each.
+    """What a round transfers besides examples.
 
     Attributes:
-      round: () int32.
-      size: () int32, clients in the cohort.
+      number: (2,) int32, the round and how many clients are in the cohort.
+      by_device: a `DeviceInputs`.
+    """
+
+    number: jax.Array
+    by_device: PackedTree
+
+
+class DeviceInputs(NamedTuple):
+    """What a device gets of a round; D devices, S client slots on each.
+
+    Attributes:
       index: (D, S) int32, and so num_examples and num_steps; see `Clients`.
       schedule: leaves (D, ...).
     """
 
-    round: jax.Array
-    size: jax.Array
     index: jax.Array
     num_examples: jax.Array
     num_steps: jax.Array
@@ -46,6 +55,7 @@ class PreparedRound(NamedTuple):
       round: counted from 0.
       clients: (cohort size,) int64, indices of the sampled clients.
       slots: (cohort size,) int64, where each of them stands among the D x S slots.
+      num_slots: S.
       inputs: on the devices.
       examples: name -> (D, rows, ...) on the devices; the whole data set, or the cohort's share.
       num_examples: examples that the round trains on, local epochs counted.
@@ -55,6 +65,7 @@ class PreparedRound(NamedTuple):
     round: int
     clients: np.ndarray
     slots: np.ndarray
+    num_slots: int
     inputs: RoundInputs
     examples: dict[str, jax.Array]
     num_examples: int
@@ -152,14 +163,10 @@ class Runner:
             return table
 
         schedule = jax.tree.map(lambda *leaves: np.stack(leaves), *schedules)
-        split, replicate = self.placement.split, self.placement.replicate
+        by_device = DeviceInputs(by_slot(clients), by_slot(sizes), by_slot(steps), schedule)
         inputs = RoundInputs(
-            round=replicate(np.int32(round_)),
-            size=replicate(np.int32(len(clients))),
-            index=split(by_slot(clients)),
-            num_examples=split(by_slot(sizes)),
-            num_steps=split(by_slot(steps)),
-            schedule=split(schedule),
+            number=self.placement.replicate(np.array([round_, len(clients)], np.int32)),
+            by_device=self.placement.split(PackedTree.of(by_device)),
         )
         real = sum(int((one.rows >= 0).sum()) for one in schedules)
         computed = self._lanes * sum(
@@ -170,6 +177,7 @@ class Runner:
             round=round_,
             clients=clients,
             slots=device_of * num_slots + position,
+            num_slots=num_slots,
             inputs=inputs,
             examples=examples,
             num_examples=int(self._batching.num_examples(sizes).sum()),
@@ -183,7 +191,7 @@ class Runner:
         """
         if self.client_states is None:
             return self._round(server_state, prepared.inputs, prepared.examples, None)
-        num_slots = prepared.inputs.index.shape[1]
+        num_slots = prepared.num_slots
         rows = prepared.slots - num_slots * self.placement.local[0]
         own = (rows >= 0) & (rows < num_slots * len(self.placement.local))
         clients, rows = prepared.clients[own], rows[own]
@@ -214,18 +222,20 @@ class Runner:
         try:
             return self._body(state, inputs, *args)
         except Exception as error:
-            clients = np.asarray(inputs.index).ravel()[: int(inputs.size)]
+            round_, size = inputs.number.tolist()
+            clients = np.asarray(inputs.by_device.unpack().index).ravel()[:size]
             ids = {int(client): str(self._dataset.client_ids[client]) for client in clients}
-            error.add_note(f"in round {int(inputs.round)}, whose clients are {ids}")
+            error.add_note(f"in round {round_}, whose clients are {ids}")
             raise
 
     def _body(self, server_state, inputs, examples, client_states) -> RoundOutput:
-        key = jax.random.fold_in(jax.random.key(self._seed), inputs.round)
+        (round_, size), device = inputs.number, inputs.by_device.unpack()
+        key = jax.random.fold_in(jax.random.key(self._seed), round_)
         by_device = Clients(
-            index=inputs.index,
-            num_examples=inputs.num_examples,
-            num_steps=inputs.num_steps,
-            key=jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))(key, inputs.index),
+            index=device.index,
+            num_examples=device.num_examples,
+            num_steps=device.num_steps,
+            key=jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))(key, device.index),
             state=client_states,
         )
 
@@ -236,19 +246,19 @@ class Runner:
 
         def for_each_client(work: ClientWork, shared: PyTree, cohort: Cohort):
             clients = jax.tree.map(
-                lambda leaf: leaf.reshape(*inputs.index.shape, *leaf.shape[1:]), cohort.clients
+                lambda leaf: leaf.reshape(*device.index.shape, *leaf.shape[1:]), cohort.clients
             )
             total, each = self.placement.run(
                 lambda shared, part: run_clients(work, shared, part, self._batch_sizes),
                 shared,
-                DeviceWork(inputs.schedule, examples, clients),
+                DeviceWork(device.schedule, examples, clients),
             )
             return total, flat(each)
 
         cohort = Cohort(
-            round=inputs.round,
+            round=round_,
             key=key,
-            size=inputs.size,
+            size=size,
             clients=flat(by_device),
             population=self._dataset.num_clients,
         )

@@ -13,6 +13,7 @@ from fedexp.data import ClientBatching, FederatedDataset
 from fedexp.errors import UserError
 from fedexp.strategies import Runner, debug, jit, mesh, pmap
 from fedexp.strategies.client_states import ClientStates
+from fedexp.strategies.packed_tree import PackedTree
 from tests.support import linear
 
 
@@ -125,12 +126,26 @@ def test_a_second_batch_size_saves_padding_and_changes_no_number():
     np.testing.assert_allclose(*results, rtol=1e-6)
 
 
+def test_a_packed_tree_comes_back_as_it_was():
+    tree = {
+        "a": np.arange(12, dtype=np.int32).reshape(2, 3, 2),
+        "b": (np.array([True, False]), np.zeros((2, 0), np.int32)),
+    }
+    packed = PackedTree.of(tree)
+    back = jax.jit(lambda packed: packed.unpack())(packed)
+    assert packed.flat.shape == (2, 7)
+    jax.tree.map(np.testing.assert_array_equal, back, tree)
+    assert jax.tree.map(lambda leaf: leaf.dtype, back) == jax.tree.map(lambda a: a.dtype, tree)
+
+
 def test_cohort_batches_depend_on_seed_round_and_client_alone():
     runner, _ = bind(jit(1))
     again, _ = bind(jit(1))
     few, many = runner.prepare(3, np.array([3])), again.prepare(3, np.array([1, 3, 6]))
     rows_of = lambda prepared: [  # noqa: E731
-        row for row in np.asarray(prepared.inputs.schedule.rows).reshape(-1, 4) if (row >= 0).any()
+        row
+        for row in np.asarray(prepared.inputs.by_device.unpack().schedule.rows).reshape(-1, 4)
+        if (row >= 0).any()
     ]
     expected = {tuple(row) for row in rows_of(few)}
     assert expected <= {tuple(row) for row in rows_of(many)}
@@ -215,7 +230,7 @@ def test_one_collective_per_for_each_client_and_none_in_the_loop(strategy, optio
     runner, state = bind(strategy(), scaffold(linear.task(), 0.05, option=option))
     prepared = runner.prepare(0, np.array([0, 3]))
     states = runner.client_states.gather(
-        prepared.clients, prepared.slots, prepared.inputs.index.shape
+        prepared.clients, prepared.slots, (runner.placement.num_devices, prepared.num_slots)
     )
     program = jax.make_jaxpr(runner._body)(state, prepared.inputs, prepared.examples, states)
     assert collectives(program.jaxpr) == [False] * calls

@@ -19,6 +19,8 @@ import fedexp
 from fedexp import paths
 from fedexp.errors import UserError
 
+# What a run that has begun leaves in its workdir: all that was in force.
+OPERATIVE = "operative_config.gin"
 # Bindings that say how to start a run, not what the run is.
 _NOT_PART_OF_THE_EXPERIMENT = ("workdir.allow_config_change",)
 
@@ -69,6 +71,8 @@ def bindings() -> dict[str, str]:
 def claim(path: str | os.PathLike, allow_config_change: bool = False, write: bool = True) -> None:
     """Makes `path` this experiment's folder, or refuses to mix two experiments in one.
 
+    An experiment that never began to train, for a mistake in its config, does not keep its folder.
+
     Args:
       path: created if missing; keeps the bindings in `config.gin`.
       allow_config_change: go on in the folder of a different experiment, from its checkpoints.
@@ -82,7 +86,8 @@ def claim(path: str | os.PathLike, allow_config_change: bool = False, write: boo
     try:
         if not is_remote:
             os.makedirs(path, exist_ok=True)
-        changed = differences(paths.read_text(record)) if paths.exists(record) else []
+        begun = paths.exists(os.path.join(path, OPERATIVE)) and paths.exists(record)
+        changed = differences(paths.read_text(record)) if begun else []
         if changed and not allow_config_change:
             raise UserError(
                 f"{path} holds a run of another config:\n  "

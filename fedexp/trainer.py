@@ -309,7 +309,7 @@ class _Log:
         )
         if self._writer:
             operative = gin.operative_config_str()
-            _write(os.path.join(self._workdir, "operative_config.gin"), operative)
+            _write(os.path.join(self._workdir, config.OPERATIVE), operative)
             self._writer.text(0, "config/operative", gin.markdown(operative))
             images = task.images and task.images(dataset.train.slice(0, 64))
             if images is not None:

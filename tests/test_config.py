@@ -67,6 +67,7 @@ def test_a_workdir_of_the_same_config_is_taken_up(tmp_path):
 def test_a_workdir_of_another_config_is_refused_with_the_differences(tmp_path):
     config.load([LINEAR], ["train.seed = 1"])
     config.claim(tmp_path)
+    (tmp_path / config.OPERATIVE).touch()
     gin.clear_config()
     config.load([LINEAR], ["server/adam.learning_rate = 0.2"])
     with pytest.raises(UserError) as caught:
@@ -79,9 +80,19 @@ def test_a_workdir_of_another_config_is_refused_with_the_differences(tmp_path):
     assert "--gin_param=workdir.allow_config_change=True" in lines[3]
 
 
+def test_a_run_that_never_began_leaves_its_workdir_to_the_next(tmp_path):
+    config.load([LINEAR], ["train.seed = 1"])
+    config.claim(tmp_path)
+    gin.clear_config()
+    config.load([LINEAR], ["train.seed = 2"])
+    config.claim(tmp_path)
+    assert "train.seed = 2\n" in (tmp_path / "config.gin").read_text()
+
+
 def test_a_config_change_can_be_allowed(tmp_path):
     config.load([LINEAR], ["train.seed = 1"])
     config.claim(tmp_path)
+    (tmp_path / config.OPERATIVE).touch()
     gin.clear_config()
     config.load([LINEAR], ["train.seed = 2", "workdir.allow_config_change = True"])
     config.claim(tmp_path)

@@ -129,6 +129,7 @@ def test_a_workdir_is_claimed_once(memory):
     config.load([], ["train.seed = 7"])
     for _ in range(2):
         config.claim(f"{memory}/run")
+    paths.write(f"{memory}/run/{config.OPERATIVE}", "")
     gin.clear_config()
     config.load([], ["train.seed = 8"])
     with pytest.raises(UserError, match=r"train.seed: 7 -> 8"):

@@ -22,7 +22,9 @@ ONE_PROCESS = ["jit:1:1", "jit:1:3"] + [
 TWO_PROCESSES = [f"mesh:{devices}:{lanes}" for devices in (1, 4) for lanes in (1, 3)]
 
 
-def results(output: Path, specs: list[str], processes: int = 1) -> dict[str, np.ndarray]:
+def results(
+    output: Path, specs: list[str], processes: int = 1, worker: str = "strategies"
+) -> dict[str, np.ndarray]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -35,7 +37,7 @@ def results(output: Path, specs: list[str], processes: int = 1) -> dict[str, np.
             env |= {"JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(number)}
         running.append(
             subprocess.Popen(
-                [sys.executable, "-m", "tests.support.strategies", str(output), *specs],
+                [sys.executable, "-m", f"tests.support.{worker}", str(output), *specs],
                 cwd=REPOSITORY,
                 env=env,
                 stdout=subprocess.PIPE,
@@ -88,3 +90,23 @@ def test_one_process_equals_debug(everything, spec, algorithm):
 @pytest.mark.parametrize("spec", TWO_PROCESSES)
 def test_two_processes_equal_debug(everything, of_two_processes, spec, algorithm):
     assert_equal(of_two_processes, everything, spec, algorithm)
+
+
+@pytest.mark.slow
+def test_every_task_trains_alike_under_every_strategy(tmp_path):
+    specs = ["jit:1:1", "mesh:2:3"]
+    found = results(tmp_path / "tasks.npz", specs, worker="tasks")
+    tasks = [key.removeprefix("first ") for key in found if key.startswith("first ")]
+    assert len(tasks) == 6
+    for task in tasks:
+        expected = found[f"jit:1:1 {task}"]
+        assert not np.allclose(expected, found[f"first {task}"], rtol=1e-3)
+        for spec in specs[1:]:
+            for name in (task, f"{task} loss"):
+                np.testing.assert_allclose(
+                    found[f"{spec} {name}"],
+                    found[f"jit:1:1 {name}"],
+                    rtol=1e-4,
+                    atol=1e-6,
+                    err_msg=f"{spec} {name}",
+                )

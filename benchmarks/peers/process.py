@@ -102,8 +102,9 @@ def _environment(environment: Mapping[str, str], library: Library) -> dict[str, 
     shared = {
         name: value
         for name, value in environment.items()
-        if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "JAX_COMPILATION_CACHE_DIR")
+        if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
     }
     shared.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # Peers share a GPU's memory.
+    shared["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # fedexp would keep one.
     source = str(ROOT) if library.python == sys.executable else library.source
     return shared | ({"PYTHONPATH": source} if source else {})

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -62,19 +63,34 @@ def describe(metrics: Mapping[str, float]) -> str:
 
 
 def print_table(history: list[dict[str, float]]) -> None:
-    """Prints a run's evaluations as a table on stdout, thinned to about a dozen rows."""
+    """Prints a run's evaluations on stdout: a row each, or a column each where the metrics are many.
+
+    Rows are thinned to about a dozen, columns to half of that.
+    """
     if not history:
         return
     names = list(dict.fromkeys(name for row in history for name in row))
-    table = Table(title="Evaluations")
-    for name in names:
-        table.add_column(name, justify="right")
-    stride = -(-len(history) // 12)
-    shown = history[::-1][::stride][::-1]
-    for row in shown:
-        table.add_row(*(_cell(row.get(name)) for name in names))
     console = Console(file=sys.stdout, highlight=False)
-    console.print(table)
+    lines = [names, *([_cell(row.get(name)) for name in names] for row in _thinned(history, 12))]
+    unbounded = console.options.update(max_width=10_000)
+    if Measurement.get(console, unbounded, _table(lines)).maximum > console.width:
+        columns = [[_cell(row.get(name)) for name in names] for row in _thinned(history, 6)]
+        lines = list(zip(names, *columns, strict=True))
+    console.print(_table(lines))
+
+
+def _thinned(history: list[dict[str, float]], most: int) -> list[dict[str, float]]:
+    """Evenly spaced evaluations, the last one among them."""
+    return history[::-1][:: -(-len(history) // most)][::-1]
+
+
+def _table(lines: Sequence[Sequence[str]]) -> Table:
+    table = Table(title="Evaluations")
+    for name in lines[0]:
+        table.add_column(name, justify="right")
+    for line in lines[1:]:
+        table.add_row(*line)
+    return table
 
 
 def _cell(value: float | None) -> str:

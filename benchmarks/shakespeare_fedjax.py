@@ -183,7 +183,7 @@ def plot(results: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--library", choices=("fedexp", "fedjax"))
+    parser.add_argument("--library", dest="name", choices=("fedexp", "fedjax"))
     parser.add_argument("--data_dir")
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--every", type=int, default=20)
@@ -195,17 +195,17 @@ def main() -> None:
     args = parser.parse_args()
 
     if args.arrays:
-        result = run(args.library, dict(np.load(args.arrays)), args.every)
+        result = run(args.name, dict(np.load(args.arrays)), args.every)
         args.out.write_text(json.dumps(result))
         return
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
-    if args.library:
+    if args.name:
         data = prepare(args.data_dir, args.rounds)
-        if args.library == "fedjax":
+        if args.name == "fedjax":
             result = run_elsewhere(args.python, args.source, data, args.every)
         else:
             result = run("fedexp", data, args.every)
-        results[args.library] = result
+        results[args.name] = result
         args.out.write_text(json.dumps(results, indent=2) + "\n")
     if args.plot:
         plot(results)

@@ -32,17 +32,14 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from benchmarks import machine
 from benchmarks.fedjax_announcement import Table
 from benchmarks.peers import workloads
 from benchmarks.peers.protocol import Job
 from fedexp import runtime
-from fedexp.algorithms import fedavg
-from fedexp.data import ClientBatching, FederatedDataset
 from fedexp.models import layers
-from fedexp.strategies import Runner, jit
+from fedexp.strategies import Runner
 from fedexp.strategies.engine import take_batch
 from fedexp.strategies.runner import PreparedRound
 from fedexp.tasks import Task, mean_loss
@@ -317,7 +314,7 @@ class Subject(NamedTuple):
 
 def set_up(name: str, cohort_size: int, num_rounds: int, seed: int) -> Subject:
     sys.path.append(str(PEERS))  # A peer imports what lies beside it.
-    from fedexp_peer import build_task
+    from fedexp_peer import bind
 
     job = workloads.build(
         name,
@@ -328,20 +325,7 @@ def set_up(name: str, cohort_size: int, num_rounds: int, seed: int) -> Subject:
         whole_batches=False,
         seed=seed,
     )
-    client_ids = np.arange(len(job.offsets) - 1).astype("U8")
-    dataset = FederatedDataset(job.features, job.offsets, client_ids)
-    task = build_task(job)
-    params = task.init(jax.random.key(seed), dataset.slice(0, 1))
-    runner = Runner(
-        jit(),
-        fedavg(task, optax.sgd(job.learning_rate), optax.sgd(1.0)),
-        dataset,
-        ClientBatching(job.batch_size, shuffle=False),
-        params=params,
-        cohort_size=cohort_size,
-        seed=seed,
-    )
-    return Subject(job, task, params, runner)
+    return Subject(job, *bind(job))
 
 
 class PlainWork(NamedTuple):

@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import resource
 import signal
 import subprocess
@@ -288,18 +286,6 @@ def checksums(folder: Path) -> dict[str, str]:
     }
 
 
-def machine() -> dict[str, str | int | float]:
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {
-        "cpus": os.cpu_count(),
-        "memory_gib": round(memory / 1024**3, 1),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "numpy": importlib.metadata.version("numpy"),
-        "h5py": importlib.metadata.version("h5py"),
-    }
-
-
 def measure_conversion(folder: Path, fraction: float) -> dict:
     begin = time.perf_counter()
     generate(folder, fraction)
@@ -334,6 +320,8 @@ def measure_conversion(folder: Path, fraction: float) -> dict:
 
 
 def main() -> None:
+    from benchmarks.machine import machine  # Not in the processes whose memory is measured.
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fraction", type=float, default=0.005)
     parser.add_argument("--folder", help="where to put the files, by default among temporary ones")
@@ -353,7 +341,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
         folder = Path(scratch)
         results = {
-            "machine": machine(),
+            "machine": machine(("numpy", "h5py")),
             "conversion": measure_conversion(folder, arguments.fraction),
         }
         print(results["conversion"]["interrupted"], flush=True)

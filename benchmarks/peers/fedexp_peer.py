@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,9 +14,7 @@ import fedexp.trainer  # noqa: F401  What every user's process imports counts.
 from fedexp import models, runtime, tasks
 from fedexp.algorithms import fedavg
 from fedexp.data import ClientBatching, FederatedDataset
-from fedexp.models.language import LSTMLanguageModel
 from fedexp.strategies import Runner, jit
-from fedexp.tasks.language import next_token
 
 
 def build_task(job: Job) -> tasks.Task:
@@ -35,19 +34,18 @@ def build_task(job: Job) -> tasks.Task:
         },
         "shakespeare_lstm": {"embedding_size": 8, "hidden_size": 256, "num_layers": 2},
     }
-    model = LSTMLanguageModel(vocab_size=job.num_classes, **sizes[job.workload])
-    return next_token(model)
+    model = models.LSTMLanguageModel(vocab_size=job.num_classes, **sizes[job.workload])
+    return tasks.next_token(model)
 
 
-def set_up(job: Job) -> Trainee:
-    runtime.start()
+def bind(job: Job) -> tuple[tasks.Task, Any, Runner]:
+    """The task, its first parameters and what runs its rounds."""
     client_ids = np.array([f"client{index}" for index in range(len(job.offsets) - 1)])
     dataset = FederatedDataset(job.features, job.offsets, client_ids)
     task = build_task(job)
     params = task.init(jax.random.key(job.seed), dataset.slice(0, 1))
     if job.workload == "emnist_logistic":
         params = jax.tree.map(np.zeros_like, params)
-    num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     runner = Runner(
         jit(),
         fedavg(task, optax.sgd(job.learning_rate), optax.sgd(1.0)),
@@ -57,6 +55,13 @@ def set_up(job: Job) -> Trainee:
         cohort_size=len(job.cohorts[0]),
         seed=job.seed,
     )
+    return task, params, runner
+
+
+def set_up(job: Job) -> Trainee:
+    runtime.start()
+    _, params, runner = bind(job)
+    num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     state = runner.start(params)
     pool = ThreadPoolExecutor(1)
 

@@ -12,6 +12,13 @@ from fedexp.errors import UserError
 
 sizes = st.integers(1, 60)
 batch_sizes = st.integers(1, 25)
+batchings = st.builds(
+    ClientBatching,
+    batch_sizes,
+    st.integers(1, 3),
+    st.sampled_from([None, 1, 5]),
+    remainder=st.sampled_from(["mask", "drop", "fill"]),
+)
 
 
 def draw(batching: ClientBatching, size: int) -> np.ndarray:
@@ -69,30 +76,16 @@ def test_an_unknown_remainder_is_refused():
         ClientBatching(remainder="keep")
 
 
-@given(
-    sizes,
-    batch_sizes,
-    st.integers(1, 3),
-    st.sampled_from(["mask", "drop", "fill"]),
-    st.sampled_from([None, 1, 5]),
-)
-def test_num_examples_counts_what_is_not_padding(size, batch_size, epochs, remainder, steps):
-    batching = ClientBatching(batch_size, epochs, steps, remainder=remainder)
+@given(sizes, batchings)
+def test_num_examples_counts_what_is_not_padding(size, batching):
     real = (draw(batching, size) >= 0).sum()
     assert batching.num_examples(np.array([size])) == [real]
 
 
-@given(
-    st.lists(sizes, min_size=1, max_size=5),
-    batch_sizes,
-    st.integers(1, 3),
-    st.sampled_from(["mask", "drop", "fill"]),
-    st.sampled_from([None, 1, 5]),
-)
-def test_fill_counts_counts_real_examples_per_batch(sizes, batch_size, epochs, remainder, steps):
-    batching = ClientBatching(batch_size, epochs, steps, remainder=remainder)
+@given(st.lists(sizes, min_size=1, max_size=5), batchings)
+def test_fill_counts_counts_real_examples_per_batch(sizes, batching):
     real = np.concatenate([(draw(batching, size) >= 0).sum(axis=1) for size in sizes])
-    expected = np.bincount(real, minlength=batch_size + 1)
+    expected = np.bincount(real, minlength=batching.batch_size + 1)
     np.testing.assert_array_equal(batching.fill_counts(np.array(sizes)), expected)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 
 from fedexp.errors import UserError
-from fedexp.models.layers import Dropout
+from fedexp.models.layers import Dense, Dropout, multiply
 
 
 @jax.custom_vjp
@@ -72,7 +72,12 @@ def _lstm_backward(residuals, d_outputs):
     zeros = jnp.zeros_like(cells[0])
     saved = (d_outputs, _delayed(cells), cells, gates)
     _, d_inputs = jax.lax.scan(step, (zeros, zeros), saved, reverse=True)
-    return d_inputs, jnp.einsum("thb,tgb->hg", _delayed(outputs), d_inputs)
+    return d_inputs, _rows(_delayed(outputs)).T @ _rows(d_inputs)
+
+
+def _rows(states: jax.Array) -> jax.Array:
+    """States (T, H, B) as a matrix (T B, H)."""
+    return states.transpose(0, 2, 1).reshape(-1, states.shape[1])
 
 
 def _delayed(states: jax.Array) -> jax.Array:
@@ -103,7 +108,7 @@ class LSTM(nn.Module):
         kernel = self.param("kernel", nn.initializers.he_normal(), (features, 4 * size))
         recurrent = self.param("recurrent_kernel", nn.initializers.orthogonal(), (size, 4 * size))
         bias = self.param("bias", open_forget_gate, (4 * size,))
-        inputs = (x @ kernel + bias).transpose(0, 2, 1)
+        inputs = (multiply(x, kernel) + bias).transpose(0, 2, 1)
         return lstm(inputs, recurrent).transpose(0, 2, 1)
 
 
@@ -143,8 +148,8 @@ class LSTMLanguageModel(nn.Module):
         for _ in range(self.num_layers):
             x = LSTM(self.hidden_size)(x)
             if self.projection_size is not None:
-                x = nn.Dense(self.projection_size, kernel_init=dense_init)(x)
-        return nn.Dense(self.vocab_size, kernel_init=dense_init)(x.swapaxes(0, 1))
+                x = Dense(self.projection_size, kernel_init=dense_init)(x)
+        return Dense(self.vocab_size, kernel_init=dense_init)(x.swapaxes(0, 1))
 
 
 def _uniform(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:

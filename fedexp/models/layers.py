@@ -17,14 +17,47 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 
-# Lavin & Gray 2016 (arXiv:1509.09308), F(2, 3): two outputs of a 3-tap filter, four products.
-_FROM_INPUT = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
-_FROM_KERNEL = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
-_TO_OUTPUT = np.array([[1, 1, 1, 0], [0, 1, -1, -1]])
-# Below this many input channels the transforms cost more than the products they save.
+# Lavin & Gray 2016 (arXiv:1509.09308), F(4, 3): four outputs of a 3-tap filter, six products.
+_FROM_INPUT = np.array(
+    [
+        [4, 0, -5, 0, 1, 0],
+        [0, -4, -4, 1, 1, 0],
+        [0, 4, -4, -1, 1, 0],
+        [0, -2, -1, 2, 1, 0],
+        [0, 2, -1, -2, 1, 0],
+        [0, 4, 0, -5, 0, 1],
+    ]
+)
+_FROM_KERNEL = np.array(
+    [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]
+) / np.array([[24]])
+_TO_OUTPUT = np.array(
+    [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
+)
+# Where the transforms cost more than the products they save: few channels, few outputs a channel
+# (the kernels are the larger part then), or many rows of the last tile in excess.
 _WINOGRAD_MIN_CHANNELS = 8
-# Nor below this many outputs per channel, where the kernels are the larger part.
-_WINOGRAD_MIN_OUTPUTS = 512
+_WINOGRAD_MIN_OUTPUTS = 256
+_WINOGRAD_MAX_PRODUCTS = 0.6  # Of those of patches times kernel.
+
+
+def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Maps x (..., K) by a kernel (K, N) to (..., N).
+
+    As one product of two matrices, for whose gradients XLA's CPU backend transposes less.
+    """
+    y = x.reshape(-1, x.shape[-1]) @ kernel
+    return y.reshape(*x.shape[:-1], -1)
+
+
+class Dense(nn.Dense):
+    """`nn.Dense` by `multiply`: the same parameters, less time for inputs of more than two axes."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (..., K) to (..., features)."""
+        y = super().__call__(x.reshape(-1, x.shape[-1]))
+        return y.reshape(*x.shape[:-1], -1)
 
 
 def convolve(
@@ -36,9 +69,11 @@ def convolve(
 ) -> jax.Array:
     """A two-dimensional convolution made of slices and matrix products.
 
-    Float32 kernels of three rows that move one row at a time over enough of an image use Winograd's
-    minimal filtering along the rows, which saves a third of the arithmetic at the same accuracy (about
-    3e-7 of the largest output); all others multiply patches by the kernel.
+    On CPU, float32 kernels of three rows that move one row at a time over enough of an image use
+    Winograd's minimal filtering along the rows, which saves half of the arithmetic and has errors of
+    about 2e-6 of the largest output, three times those of a direct convolution. All others multiply
+    patches by the kernel: where products are rounded to fewer bits, as by default on GPU and TPU,
+    Winograd's algorithm would multiply the errors.
 
     Args:
       x: (B, H, W, C_in).
@@ -52,11 +87,26 @@ def convolve(
     pads = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
     if any(map(any, pads)):
         x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    fits = kernel.shape[0] == 3 and strides[0] == 1 and x.dtype == jnp.float32
-    outputs = len(x) * (x.shape[1] - 2) * ((x.shape[2] - kernel.shape[1]) // strides[1] + 1)
-    if fits and x.shape[3] >= _WINOGRAD_MIN_CHANNELS and outputs >= _WINOGRAD_MIN_OUTPUTS:
+    if _winograd_pays(x, kernel, strides):
         return _convolve_winograd(x, kernel, strides[1])
     return _convolve_patches(x, kernel, strides)
+
+
+def _winograd_pays(x: jax.Array, kernel: jax.Array, strides: tuple[int, int]) -> bool:
+    if kernel.shape[0] != 3 or strides[0] != 1 or x.dtype != jnp.float32:
+        return False
+    batch, height, width, channels = x.shape
+    height, width = height - 2, (width - kernel.shape[1]) // strides[1] + 1
+    return (
+        jax.default_backend() == "cpu"
+        and channels >= _WINOGRAD_MIN_CHANNELS
+        and batch * height * width >= _WINOGRAD_MIN_OUTPUTS
+        and len(_FROM_INPUT) * _num_tiles(height) <= _WINOGRAD_MAX_PRODUCTS * 3 * height
+    )
+
+
+def _num_tiles(height: int) -> int:
+    return -(-height // len(_TO_OUTPUT))
 
 
 def _convolve_patches(x: jax.Array, kernel: jax.Array, strides: tuple[int, int]) -> jax.Array:
@@ -69,24 +119,31 @@ def _convolve_patches(x: jax.Array, kernel: jax.Array, strides: tuple[int, int])
         ],
         axis=3,
     )
-    return jnp.tensordot(patches, kernel.reshape(-1, features), axes=1)
+    return multiply(patches, kernel.reshape(-1, features))
 
 
 def _convolve_winograd(x: jax.Array, kernel: jax.Array, column_stride: int) -> jax.Array:
-    height = x.shape[1] - 2
-    if height % 2:
-        x = jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0)))
-    inputs = _combine(_FROM_INPUT, _shifts(x, size=4, stride=2, axis=1))
-    kernels = _combine(_FROM_KERNEL, list(kernel))
-    # Contracting over (kw, C_in) unmerged leaves XLA the faster kernel gradient of the two.
-    products = [
-        jnp.tensordot(
-            jnp.stack(_shifts(rows, size=kernel.shape[1], stride=column_stride, axis=2), 3), taps, 2
-        )
-        for rows, taps in zip(inputs, kernels, strict=True)
-    ]
+    _, kw, channels, features = kernel.shape
+    products = []
+    # Made before they are shifted, and so their gradients: half the kernels to compile, and faster.
+    inputs = lax.optimization_barrier(_combine(_FROM_INPUT, _row_tiles(x)))
+    for rows, taps in zip(inputs, _combine(_FROM_KERNEL, list(kernel)), strict=True):
+        patches = jnp.concatenate(_shifts(rows, size=kw, stride=column_stride, axis=2), 3)
+        products.append(multiply(patches, taps.reshape(kw * channels, features)))
     y = jnp.stack(_combine(_TO_OUTPUT, products), 2)
-    return y.reshape(y.shape[0], -1, *y.shape[3:])[:, :height]
+    return y.reshape(y.shape[0], -1, *y.shape[3:])[:, : x.shape[1] - 2]
+
+
+def _row_tiles(x: jax.Array) -> list[jax.Array]:
+    """Row i of every tile of six rows, which begins four rows after the one before.
+
+    Not `_shifts`: slices without a stride have a gradient that XLA fuses better.
+    """
+    batch, height, *others = x.shape
+    tiles, size = _num_tiles(height - 2), len(_TO_OUTPUT)
+    x = jnp.pad(x, ((0, 0), (0, (tiles + 1) * size - height), (0, 0), (0, 0)))
+    x = x.reshape(batch, tiles + 1, size, *others)
+    return [x[:, :-1, i] for i in range(size)] + [x[:, 1:, i] for i in range(2)]
 
 
 def _shifts(x: jax.Array, *, size: int, stride: int, axis: int) -> list[jax.Array]:
@@ -139,6 +196,7 @@ class Conv(nn.Module):
         return y if bias is None else y + bias
 
 
+@jax.custom_jvp
 def max_pool_2x2(x: jax.Array) -> jax.Array:
     """The maximum of every 2 x 2 square; an odd last row or column is dropped.
 
@@ -151,19 +209,34 @@ def max_pool_2x2(x: jax.Array) -> jax.Array:
     Returns:
       (B, H // 2, W // 2, C).
     """
+    return _squares(x).max((2, 4))
+
+
+@max_pool_2x2.defjvp
+def _max_pool_2x2_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]):
+    """As JAX would have it, but for one pass over x less: the maxima are counted a corner at a time."""
+    (x,), (dx,) = primals, tangents
+    y, squares = max_pool_2x2(x), _squares(x)
+    corners = [squares[:, :, row, :, column] for row in (0, 1) for column in (0, 1)]
+    count = sum((corner == y).astype(x.dtype) for corner in corners)
+    is_max = squares == y[:, :, None, :, None]
+    return y, jnp.where(is_max, _squares(dx), 0).sum((2, 4)) / count
+
+
+def _squares(x: jax.Array) -> jax.Array:
     batch, height, width, channels = x.shape
     height, width = height // 2, width // 2
     x = x[:, : 2 * height, : 2 * width]
-    return x.reshape(batch, height, 2, width, 2, channels).max((2, 4))
+    return x.reshape(batch, height, 2, width, 2, channels)
 
 
 def dropout(key: jax.Array, x: jax.Array, rate: float) -> jax.Array:
     """Zeroes each element of x with probability `rate` and scales the others to keep the mean.
 
-    A decision takes 8 random bits, so four share one random word and the rate is rounded to a
-    multiple of 1/256, exactly so for 0.25 and 0.5; the scale is that of the rounded rate. With a
-    threefry key an example's mask depends on nothing but the key, its place in the batch and its
-    shape: not on vmap, the device, or how many examples follow it.
+    The rate is rounded to a multiple of 1/256, and the scale is that of the rounded rate. A decision
+    takes as few of 1, 2, 4 or 8 random bits as that multiple needs (1 for a rate of 0.5, 2 for 0.25), so
+    up to 32 share one random word. With a threefry key an example's mask depends on nothing but the
+    key, its place in the batch and its shape: not on vmap, the device, or how many examples follow it.
 
     Args:
       key: a PRNG key.
@@ -175,11 +248,13 @@ def dropout(key: jax.Array, x: jax.Array, rate: float) -> jax.Array:
         return x
     if dropped == 256:
         return jnp.zeros_like(x)
+    bits = next(bits for bits in (1, 2, 4, 8) if dropped << bits & 255 == 0)
+    levels, dropped = 1 << bits, dropped >> 8 - bits
     size = math.prod(x.shape[1:])
-    words = jax.random.bits(key, (len(x), -(-size // 4)), jnp.uint32)
-    octets = jnp.concatenate([words >> shift & 255 for shift in (0, 8, 16, 24)], axis=1)
-    keep = octets[:, :size].reshape(x.shape) >= dropped
-    return jnp.where(keep, x * (256 / (256 - dropped)), 0).astype(x.dtype)
+    words = jax.random.bits(key, (len(x), 1, -(-size * bits // 32)), jnp.uint32)
+    draws = words >> jnp.arange(0, 32, bits, jnp.uint32)[:, None] & levels - 1
+    keep = draws.reshape(len(x), -1)[:, :size].reshape(x.shape) >= dropped
+    return jnp.where(keep, x * (levels / (levels - dropped)), 0).astype(x.dtype)
 
 
 class Dropout(nn.Module):

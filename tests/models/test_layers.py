@@ -14,11 +14,12 @@ from fedexp.models.layers import Conv, Dropout, convolve, dropout, max_pool_2x2
 
 CASES = [
     # (height, width, channels), features, kernel, strides, padding
-    ((10, 10, 8), 6, (3, 3), (1, 1), "VALID"),  # Winograd, even height
-    ((9, 8, 8), 6, (3, 3), (1, 1), "VALID"),  # Winograd, odd height
+    ((10, 10, 8), 6, (3, 3), (1, 1), "VALID"),  # Winograd, whole tiles
+    ((9, 8, 8), 6, (3, 3), (1, 1), "VALID"),  # Winograd, part of a tile
     ((7, 9, 12), 5, (3, 3), (1, 1), "SAME"),
     ((8, 9, 8), 5, (3, 5), (1, 2), "SAME"),  # Winograd, other columns
-    ((3, 4, 8), 5, (3, 1), (1, 1), "VALID"),  # Winograd, a single row
+    ((6, 4, 8), 5, (3, 1), (1, 1), "VALID"),  # Winograd, a single tile
+    ((3, 4, 8), 5, (3, 1), (1, 1), "VALID"),
     ((9, 9, 1), 4, (3, 3), (1, 1), "VALID"),
     ((9, 10, 8), 4, (5, 5), (1, 1), "SAME"),
     ((9, 10, 8), 4, (3, 3), (2, 2), "SAME"),
@@ -72,12 +73,12 @@ def test_conv_without_bias_and_in_bfloat16():
     np.testing.assert_allclose(y.astype(jnp.float32), expected, atol=0.05)
 
 
-def test_winograd_is_as_accurate_as_a_direct_convolution():
+def test_winograd_is_nearly_as_accurate_as_a_direct_convolution():
     x, kernel = normal(0, 4, 26, 26, 32), normal(1, 3, 3, 32, 64)
     patches = np.lib.stride_tricks.sliding_window_view(np.asarray(x, np.float64), (3, 3), (1, 2))
     exact = np.einsum("bhwcij,ijco->bhwo", patches, np.asarray(kernel, np.float64), optimize=True)
     error = np.abs(convolve(x, kernel) - exact).max() / np.abs(exact).max()
-    assert error < 2e-6
+    assert error < 4e-6
 
 
 def test_conv_trains_per_lane_kernels_in_a_loop():
@@ -136,6 +137,8 @@ def test_max_pool_ties_share_the_gradient():
     x = jnp.array([[1.0, 1.0], [0.0, 1.0]]).reshape(1, 2, 2, 1)
     (gradient,) = jax.vjp(max_pool_2x2, x)[1](jnp.full((1, 1, 1, 1), 6.0))
     np.testing.assert_array_equal(gradient[0, :, :, 0], [[2, 2], [0, 2]])
+    direction = jnp.array([[3.0, 6.0], [5.0, 9.0]]).reshape(1, 2, 2, 1)
+    np.testing.assert_allclose(jax.jvp(max_pool_2x2, (x,), (direction,))[1].item(), 6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("rate, kept", [(0.25, 0.75), (0.5, 0.5), (0.1, 230 / 256)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import gin
@@ -90,22 +91,25 @@ class ClientBatching:
             return np.maximum(sizes // self.batch_size, 1)
         return -(-sizes // self.batch_size)
 
-    def order(self, size: int, rng: np.random.Generator) -> np.ndarray:
-        """Draws which examples make up each batch of a client with `size` examples.
+    def order(self, size: int, seed: Sequence[int]) -> np.ndarray:
+        """Draws which examples make up each batch of a client with `size` examples, from `seed`.
 
         Returns:
           (num_steps, batch_size) int64 positions in [0, size); -1 pads incomplete batches.
         """
+        # Making a generator takes longer than all the rest.
+        rng = np.random.default_rng(seed) if self.shuffle else None
         if self.local_steps is not None or self.remainder == "fill":
             positions = int(self.num_steps(np.int64(size))) * self.batch_size
-            passes = [self._one_pass(size, rng) for _ in range(-(-positions // size))]
+            passes = [_one_pass(size, rng) for _ in range(-(-positions // size))]
             return np.concatenate(passes)[:positions].reshape(-1, self.batch_size)
         length = int(self._steps_per_epoch(np.int64(size))) * self.batch_size
         batches = np.full((self.local_epochs, length), -1)
         for epoch in batches:
-            positions = self._one_pass(size, rng)[:length]
+            positions = _one_pass(size, rng)[:length]
             epoch[: len(positions)] = positions
         return batches.reshape(-1, self.batch_size)
 
-    def _one_pass(self, size: int, rng: np.random.Generator) -> np.ndarray:
-        return rng.permutation(size) if self.shuffle else np.arange(size)
+
+def _one_pass(size: int, rng: np.random.Generator | None) -> np.ndarray:
+    return np.arange(size) if rng is None else rng.permutation(size)

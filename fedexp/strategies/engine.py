@@ -53,6 +53,7 @@ def run_clients(
     """
     schedule, examples, clients = part
     num_slots, num_lanes = schedule.slots.shape
+    several = num_lanes > 1  # A single lane has one whole client a segment: no carry passes on.
     over_lanes = _over_lanes(num_lanes)
     init = over_lanes(lambda client: work.init(shared, client))
     step = over_lanes(lambda carry, batch, key: work.step(shared, carry, batch, key))
@@ -77,24 +78,23 @@ def run_clients(
             return jax.lax.switch(schedule.widths[t], [*map(of_size, batch_sizes)], carry)
 
         fresh = init(client)
-        # With a single lane every segment is one whole client: nothing to choose between.
-        carry = fresh if num_lanes == 1 else _select(starts == begin, fresh, carry)
+        carry = _select(starts == begin, fresh, carry) if several else fresh
         carry = jax.lax.fori_loop(begin, end, one_step, carry)
         lane_total, lane_each = finish(carry, client)
-        if num_lanes > 1:
+        if several:
             lane_total = _select(ends, lane_total, jax.tree.map(jnp.zeros_like, lane_total))
         total = jax.tree.map(lambda sum_, leaf: sum_ + leaf.sum(axis=0), total, lane_total)
         slots = jnp.where(ends, slots, num_slots)
         each = jax.tree.map(
             lambda all_, leaf: all_.at[slots].set(leaf, mode="drop"), each, lane_each
         )
-        return carry, total, each
+        return carry if several else None, total, each
 
     client = jax.eval_shape(lambda: lane_clients(schedule.slots[0]))
     carry = jax.eval_shape(init, client)
     total, each = jax.eval_shape(finish, carry, client)
     state = (
-        _zeros(carry),
+        _zeros(carry) if several else None,
         jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), total),
         jax.tree.map(lambda leaf: jnp.zeros((num_slots, *leaf.shape[1:]), leaf.dtype), each),
     )

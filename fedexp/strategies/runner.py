@@ -140,7 +140,7 @@ class Runner:
 
         def batches(member: int) -> np.ndarray:
             seed = [_SHUFFLE_STREAM, self._seed, round_, int(clients[member])]
-            order = self._batching.order(int(sizes[member]), np.random.default_rng(seed))
+            order = self._batching.order(int(sizes[member]), seed)
             return np.where(order >= 0, order + firsts[member], -1)
 
         schedules = [

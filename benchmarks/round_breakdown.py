@@ -38,6 +38,7 @@ from benchmarks.fedjax_announcement import Table
 from benchmarks.peers import workloads
 from benchmarks.peers.protocol import Job
 from fedexp import runtime
+from fedexp.compiling import jit
 from fedexp.models import layers
 from fedexp.strategies import Runner
 from fedexp.strategies.engine import take_batch
@@ -352,11 +353,10 @@ def sgd_step(subject: Subject, params: Any, examples: Any, rows: jax.Array, key:
 
 
 def plain_loop(subject: Subject) -> Callable[[Any, PlainWork], Any]:
-    """The same steps in one compiled loop."""
+    """The same steps in one loop, compiled as rounds are."""
     step = functools.partial(sgd_step, subject)
     key = jax.random.key(subject.job.seed)
 
-    @functools.partial(jax.jit, donate_argnums=0)
     def train(params, work: PlainWork):
         def body(t, params):
             def of_size(size):
@@ -368,7 +368,7 @@ def plain_loop(subject: Subject) -> Callable[[Any, PlainWork], Any]:
 
         return jax.lax.fori_loop(0, work.num_steps, body, params)
 
-    return train
+    return jit(train, donate_argnums=0)
 
 
 def step_flops(subject: Subject, work: PlainWork) -> list[int]:

@@ -10,6 +10,7 @@ import gin
 import jax
 import numpy as np
 
+from fedexp.compiling import jit
 from fedexp.data import Batch, FederatedDataset
 from fedexp.errors import UserError
 from fedexp.strategies.placement import Placement, one_device
@@ -94,8 +95,8 @@ class Evaluator:
         self._placement = placement or one_device()
         self._share = -(-dataset.num_examples // self._placement.num_devices)
         self._batch_size = min(batch_size, self._share)
-        self._step = jax.jit(self._add_batch, donate_argnums=1)
-        self._total = jax.jit(self._sum_over_devices)
+        self._step = jit(self._add_batch, donate_argnums=1)
+        self._total = jit(self._sum_over_devices)
 
     def __call__(self, params: PyTree) -> Evaluation:
         """Evaluates `params` on every example."""

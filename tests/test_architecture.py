@@ -16,7 +16,7 @@ LEVELS = [
     {"checkpointing", "summaries", "progress", "profiling"},
     {"aggregators", "tasks"},
     {"models", "data"},
-    {"errors", "paths"},
+    {"compiling", "errors", "paths"},
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from fedexp.algorithms.base import Algorithm, Clients, ClientWork, Cohort, RoundOutput
+from fedexp.compiling import jit, release_memory, run_once
 from fedexp.data import ClientBatching, FederatedDataset
 from fedexp.strategies import schedule as schedule_lib
 from fedexp.strategies.base import Strategy
 from fedexp.strategies.client_states import ClientStates
 from fedexp.strategies.engine import DeviceWork
 from fedexp.strategies.packed_tree import PackedTree
-from fedexp.tasks import run_once
 
 PyTree = Any
 _DEFAULT_RESIDENT_BYTES = 4 << 30
 _SHUFFLE_STREAM = 1
+_LONG_COMPILATION = 1.0  # Seconds; a shorter one leaves little memory behind.
 
 
 class RoundInputs(NamedTuple):
@@ -114,7 +116,7 @@ class Runner:
         self.compilations = 0
         self._round = self._interpreted
         if strategy.compiled:
-            self._round = jax.jit(self._traced, donate_argnums=0)
+            self._round = jit(self._traced, donate_argnums=0)
 
     def prepare(self, round_: int, clients: np.ndarray) -> PreparedRound:
         """Draws the cohort's batches, packs them and starts their transfer to the devices."""
@@ -190,14 +192,14 @@ class Runner:
         Client states are taken from and put back into `client_states`, for this process's clients.
         """
         if self.client_states is None:
-            return self._round(server_state, prepared.inputs, prepared.examples, None)
+            return self._call(server_state, prepared.inputs, prepared.examples, None)
         num_slots = prepared.num_slots
         rows = prepared.slots - num_slots * self.placement.local[0]
         own = (rows >= 0) & (rows < num_slots * len(self.placement.local))
         clients, rows = prepared.clients[own], rows[own]
         states = self.client_states.gather(clients, rows, (len(self.placement.local), num_slots))
         states = self.placement.split(states)
-        output = self._round(server_state, prepared.inputs, prepared.examples, states)
+        output = self._call(server_state, prepared.inputs, prepared.examples, states)
         new_states = self.placement.own_rows(output.client_states)
         self.client_states.scatter(clients, rows, new_states)
         return output._replace(client_states=None)
@@ -211,6 +213,13 @@ class Runner:
             run_once(self._algorithm.init, params),
         )
         return self.placement.replicate(state)
+
+    def _call(self, *args) -> RoundOutput:
+        before, start = self.compilations, time.perf_counter()
+        output = self._round(*args)
+        if self.compilations > before and time.perf_counter() - start > _LONG_COMPILATION:
+            release_memory()
+        return output
 
     def _traced(self, *args) -> RoundOutput:
         self.compilations += 1  # jit traces once for every set of shapes that it compiles.

@@ -11,7 +11,6 @@ from fedexp.tasks.base import confusion_counts as confusion_counts
 from fedexp.tasks.base import masked_sums as masked_sums
 from fedexp.tasks.base import mean_loss as mean_loss
 from fedexp.tasks.base import measures as measures
-from fedexp.tasks.base import run_once as run_once
 from fedexp.tasks.base import with_derived as with_derived
 from fedexp.tasks.classification import classification as classification
 from fedexp.tasks.classification import handwriting as handwriting

@@ -80,12 +80,6 @@ class Task:
             raise UserError(f"two metrics are called {twice[0]!r}; rename one")
 
 
-def run_once(function: Callable[..., PyTree], *args: Any) -> PyTree:
-    """What `function(*args)` returns, compiled in the shortest time, for what a run calls only once."""
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(function, compiler_options=options)(*args)
-
-
 def measures(task: Task, outputs: Any, batch: Features) -> dict[str, Measure]:
     """The loss, as 'loss', and all metrics of a batch, per example."""
     return {

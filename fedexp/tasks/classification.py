@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from fedexp.compiling import run_once
 from fedexp.data.dataset import FederatedDataset
 from fedexp.errors import UserError
 from fedexp.tasks.augment import Augment
-from fedexp.tasks.base import Features, Metric, PyTree, Task, run_once
+from fedexp.tasks.base import Features, Metric, PyTree, Task
 from fedexp.tasks.metrics import accuracy, cross_entropy
 
 Preprocess = Callable[[jax.Array], jax.Array]

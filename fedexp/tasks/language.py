@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from fedexp.compiling import run_once
 from fedexp.data.dataset import FederatedDataset
 from fedexp.errors import UserError
-from fedexp.tasks.base import Features, Measure, Metric, PyTree, Task, run_once
+from fedexp.tasks.base import Features, Measure, Metric, PyTree, Task
 from fedexp.tasks.classification import check_parameters_only
 
 _PAD = 0

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from fedexp.compiling import run_once
 from fedexp.data.dataset import FederatedDataset
 from fedexp.errors import UserError
-from fedexp.tasks.base import Features, Measure, PyTree, Task, run_once
+from fedexp.tasks.base import Features, Measure, PyTree, Task
 from fedexp.tasks.classification import Preprocess, check_parameters_only, images, scale
 
 

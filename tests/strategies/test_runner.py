@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import jax
 import numpy as np
 import optax
@@ -47,6 +49,18 @@ def test_a_larger_cohort_takes_the_next_bucket():
     for number, size in enumerate([2, 4, 3, 4, 1]):
         state = runner.run(state, runner.prepare(number, np.arange(size))).server_state
     assert runner.compilations == 2
+
+
+def test_memory_is_given_back_after_compiling_and_not_otherwise(monkeypatch):
+    rounds_done, released = [], []
+    module = sys.modules[Runner.__module__]
+    monkeypatch.setattr(module, "_LONG_COMPILATION", 0)
+    monkeypatch.setattr(module, "release_memory", lambda: released.append(len(rounds_done)))
+    runner, state = bind(jit(1), cohort_size=2)
+    for number, size in enumerate([2, 2, 4, 4]):
+        state = runner.run(state, runner.prepare(number, np.arange(size))).server_state
+        rounds_done.append(number)
+    assert released == [0, 2]
 
 
 def test_a_round_is_one_dispatch():

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import ctypes
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedexp import compiling
+
+
+def test_jit_donates_and_compiles_once():
+    traces = []
+
+    def add(x, y):
+        traces.append(x.shape)
+        return x + y
+
+    compiled = compiling.jit(add, donate_argnums=0)
+    x = jnp.arange(3.0)
+    np.testing.assert_array_equal(compiled(x, 1), [1, 2, 3])
+    assert x.is_deleted()
+    compiled(jnp.ones(3), 1)
+    assert traces == [(3,)]
+
+
+def test_the_level_is_for_cpus_only(monkeypatch):
+    given = []
+    monkeypatch.setattr(jax, "jit", lambda function, **options: given.append(options) or function)
+    compiling.jit(abs)
+    compiling.jit(abs, level=0)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    compiling.jit(abs)
+    options = [one["compiler_options"] for one in given]
+    levels = [one and one["xla_backend_optimization_level"] for one in options]
+    assert levels == [1, 0, None]
+
+
+def test_run_once_is_the_function():
+    assert compiling.run_once(lambda x, y: x * y, 3, jnp.float32(2)) == 6
+
+
+@pytest.mark.parametrize("library", [OSError("no library"), object()])
+def test_memory_stays_where_the_c_library_cannot_release_it(monkeypatch, library):
+    def load(name):
+        if isinstance(library, Exception):
+            raise library
+        return library
+
+    compiling.release_memory()
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    compiling.release_memory()

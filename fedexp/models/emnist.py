@@ -14,7 +14,7 @@ import gin
 import jax
 from flax import linen as nn
 
-from fedexp.models.layers import Conv, Dropout, max_pool_2x2
+from fedexp.models.layers import Conv, Dense, Dropout, max_pool_2x2
 
 
 @gin.configurable
@@ -36,9 +36,9 @@ class EmnistCNN(nn.Module):
         x = nn.relu(Conv(64, (3, 3), padding="VALID")(x))
         x = Dropout(0.25)(max_pool_2x2(x), deterministic=not train)
         x = x.reshape(x.shape[0], -1)
-        x = nn.relu(nn.Dense(128)(x))
+        x = nn.relu(Dense(128)(x))
         x = Dropout(0.5)(x, deterministic=not train)
-        return nn.Dense(self.num_classes)(x)
+        return Dense(self.num_classes)(x)
 
 
 @gin.configurable
@@ -58,8 +58,8 @@ class EmnistDense(nn.Module):
         """Maps (B, 28, 28, 1) to (B, num_classes)."""
         x = x.reshape(x.shape[0], -1)
         for _ in range(2):
-            x = nn.relu(nn.Dense(200)(x))
-        return nn.Dense(self.num_classes)(x)
+            x = nn.relu(Dense(200)(x))
+        return Dense(self.num_classes)(x)
 
 
 @gin.configurable
@@ -75,7 +75,7 @@ class EmnistLogistic(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (B, 28, 28, 1) to (B, num_classes)."""
-        return nn.Dense(self.num_classes)(x.reshape(x.shape[0], -1))
+        return Dense(self.num_classes)(x.reshape(x.shape[0], -1))
 
 
 @gin.configurable
@@ -94,7 +94,7 @@ class EmnistAutoencoder(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps images in [0, 1] of any shape (B, ...) to their reconstructions, of the same shape."""
-        dense = functools.partial(nn.Dense, kernel_init=nn.initializers.glorot_uniform())
+        dense = functools.partial(Dense, kernel_init=nn.initializers.glorot_uniform())
         y = x.reshape(x.shape[0], -1)
         num_pixels = y.shape[1]
         for width in (1000, 500, 250):

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax import lax
 
 from fedexp.models import layers
-from fedexp.models.layers import Conv, Dropout, convolve, dropout, max_pool_2x2
+from fedexp.models.layers import Conv, Dropout, convolve, dropout, max_pool_2x2, multiply
 
 CASES = [
     # (height, width, channels), features, kernel, strides, padding
@@ -131,6 +131,23 @@ def test_max_pool_is_nn_max_pool(shape):
     np.testing.assert_array_equal(y, expected)
     g = normal(1, *y.shape)
     np.testing.assert_array_equal(pullback(g)[0], expected_pullback(g)[0])
+
+
+@pytest.mark.parametrize("features", [2, 9])
+def test_multiply_and_its_derivatives(features):
+    """More rows than features, and fewer: two ways to make the kernel's gradient."""
+    x, kernel, weights = normal(0, 2, 3, 5), normal(1, 5, features), normal(2, 2, 3, features)
+    loss = lambda x, kernel: (weights * multiply(x, kernel) ** 2).sum()  # noqa: E731
+    exact_x, exact_kernel = (np.asarray(a, np.float64) for a in (x.reshape(6, 5), kernel))
+    error = 2 * weights.reshape(6, features) * (exact_x @ exact_kernel)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    close(multiply(x, kernel), (exact_x @ exact_kernel).reshape(2, 3, features))
+    for gradient in (jax.grad, jax.jacfwd):
+        by_x, by_kernel = gradient(loss, argnums=(0, 1))(x, kernel)
+        close(by_x.reshape(6, 5), error @ exact_kernel.T)
+        close(by_kernel, exact_x.T @ error)
+    lanes = jax.vmap(jax.grad(loss, argnums=1))(jnp.stack([x, x]), jnp.stack([kernel, -kernel]))
+    close(lanes, [exact_x.T @ error, -(exact_x.T @ error)])
 
 
 def test_max_pool_ties_share_the_gradient():

@@ -97,7 +97,7 @@ TITLES = {
 # ---- where the time goes: pure functions of the program's text and of recorded events ----
 
 LOSS = "loss and metrics"
-INPUT = "input: decoding, filling of padding"
+INPUT = "input: decoding"
 BITS = "dropout's random bits"
 COPIES = "copies and zeros that XLA adds"
 NOTHING = "no operation under way"
@@ -109,7 +109,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _LOOPS = re.compile(r"jit\([^/]*\)/((?:while/(?:body|cond)/)*)(?:cond/(?:branch_\d+_fun/)?)?(.*)")
 _FRAME_ID = re.compile(r"stack_frame_id=(\d+)")
-_INPUT_FUNCTIONS = re.compile(r"_fill_padding|handwriting|classification\.<locals>\.inputs")
+_INPUT_FUNCTIONS = re.compile(r"handwriting|classification\.<locals>\.inputs")
 _IN_MODEL = re.compile(r"jvp\((\w+)\)\)?/(.*)")
 
 

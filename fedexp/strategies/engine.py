@@ -30,10 +30,16 @@ class DeviceWork(NamedTuple):
 
 
 def take_batch(examples: dict[str, jax.Array], rows: jax.Array) -> Batch:
-    """Gathers the examples of `rows` (..., B) int32; negative rows are padding."""
+    """Gathers the examples of `rows` (..., B) int32.
+
+    Negative rows, behind all others, are padding: copies of the batch's first example, because garbage
+    may be NaN, and a masked NaN still makes the gradient 0 * NaN.
+    """
+    mask = rows >= 0
+    rows = jnp.where(mask, rows, jnp.maximum(rows[..., :1], 0))
     return Batch(
-        {name: jnp.take(array, jnp.maximum(rows, 0), axis=0) for name, array in examples.items()},
-        rows >= 0,
+        {name: array.at[rows].get(mode="promise_in_bounds") for name, array in examples.items()},
+        mask,
     )
 
 

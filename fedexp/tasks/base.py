@@ -98,8 +98,9 @@ def mean_loss(
 ) -> tuple[jax.Array, dict[str, Measure]]:
     """The weighted mean loss of a batch's real examples; for value_and_grad(..., has_aux=True).
 
-    The weighted sum instead if the task says so (`sum_loss`). Padded examples never count, whatever
-    they hold, NaN included. A batch of padding alone has loss 0 and gradient 0.
+    The weighted sum instead if the task says so (`sum_loss`). Padded examples never count, but they
+    must be such that loss and gradient are finite, as the copies of real examples are that rounds take
+    for padding. A batch of padding alone has loss 0 and gradient 0.
 
     Args:
       task: the task.
@@ -111,23 +112,12 @@ def mean_loss(
     Returns:
       The scalar loss, and the batch's sums of the loss and all metrics.
     """
-    batch = _fill_padding(batch, mask)
     outputs = task.apply(params, batch, key)
     sums = {
         name: masked_sums(measure, mask) for name, measure in measures(task, outputs, batch).items()
     }
     values, weights = sums["loss"]
     return (values if task.sum_loss else values / jnp.where(weights > 0, weights, 1)), sums
-
-
-def _fill_padding(batch: Features, mask: jax.Array) -> dict[str, jax.Array]:
-    """Padding becomes copies of a real example: a masked NaN still makes the gradient 0 * NaN."""
-
-    def fill(feature: jax.Array) -> jax.Array:
-        real = jnp.where(mask.any(), feature[jnp.argmax(mask)], jnp.zeros_like(feature[0]))
-        return jnp.where(jnp.expand_dims(mask, range(1, feature.ndim)), feature, real)
-
-    return {name: fill(jnp.asarray(feature)) for name, feature in batch.items()}
 
 
 def masked_sums(measure: Measure, mask: jax.Array) -> Measure:

@@ -19,7 +19,7 @@ FileNames
 
 FunctionNames
 1 "client_step"
-2 "_fill_padding.<locals>.fill"
+2 "handwriting"
 
 FileLocations
 1 {file_name_id=1 function_name_id=1 line=1 end_line=1 column=1 end_column=2}

@@ -36,17 +36,17 @@ def cohort(size: int, round_: int) -> np.ndarray:
 
 def packed(sizes: np.ndarray, lanes: int) -> Schedule:
     """The schedule of clients with these numbers of examples."""
-    rng = np.random.default_rng(_SEED)
-    lane_of, start_of = schedule_lib.assign(_BATCHING.num_steps(sizes), lanes)
-    batches = [_BATCHING.order(int(size), rng) for size in sizes]
-    steps = max(start + len(client) for start, client in zip(start_of, batches, strict=True))
+    steps = _BATCHING.num_steps(sizes)
+    lane_of, start_of = schedule_lib.assign(steps, lanes)
+    seeds = [[_SEED, client] for client in range(len(sizes))]
     return schedule_lib.pack(
-        batches,
+        _BATCHING.order(sizes, np.cumsum(sizes) - sizes, seeds),
+        steps,
         lane_of,
         start_of,
         lanes=lanes,
         slots=len(sizes),
-        steps=steps,
+        steps=int((start_of + steps).max()),
         batch_sizes=(_BATCHING.batch_size,),
     )
 

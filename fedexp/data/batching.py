@@ -91,25 +91,51 @@ class ClientBatching:
             return np.maximum(sizes // self.batch_size, 1)
         return -(-sizes // self.batch_size)
 
-    def order(self, size: int, seed: Sequence[int]) -> np.ndarray:
-        """Draws which examples make up each batch of a client with `size` examples, from `seed`.
+    def order(
+        self, sizes: np.ndarray, firsts: np.ndarray, seeds: Sequence[Sequence[int]]
+    ) -> np.ndarray:
+        """Draws which examples make up each batch of each client of a cohort.
+
+        Args:
+          sizes: (C,) int64, how many examples a client trains on.
+          firsts: (C,) int64, the row of its first one.
+          seeds: C seeds of the order of its examples; not looked at unless it is shuffled.
 
         Returns:
-          (num_steps, batch_size) int64 positions in [0, size); -1 pads incomplete batches.
+          (num_steps of all, batch_size) int64 rows, a client's batches behind those of the client before;
+          -1 pads incomplete batches.
         """
-        # Making a generator takes longer than all the rest.
-        rng = np.random.default_rng(seed) if self.shuffle else None
+        steps = self.num_steps(sizes)
+        client = np.repeat(np.arange(len(sizes)), steps)
+        step = consecutive(np.zeros_like(steps), steps)
+        places, size = np.arange(self.batch_size), sizes[client, None]
         if self.local_steps is not None or self.remainder == "fill":
-            positions = int(self.num_steps(np.int64(size))) * self.batch_size
-            passes = [_one_pass(size, rng) for _ in range(-(-positions // size))]
-            return np.concatenate(passes)[:positions].reshape(-1, self.batch_size)
-        length = int(self._steps_per_epoch(np.int64(size))) * self.batch_size
-        batches = np.full((self.local_epochs, length), -1)
-        for epoch in batches:
-            positions = _one_pass(size, rng)[:length]
-            epoch[: len(positions)] = positions
-        return batches.reshape(-1, self.batch_size)
+            passes = -(-steps * self.batch_size // sizes)
+            pass_, position = np.divmod(step[:, None] * self.batch_size + places, size)
+        else:
+            passes = np.full_like(steps, self.local_epochs)
+            pass_, step = np.divmod(step, self._steps_per_epoch(sizes)[client])
+            pass_, position = pass_[:, None], step[:, None] * self.batch_size + places
+        real = position < size
+        if self.shuffle:
+            begins = np.cumsum(passes * sizes) - passes * sizes
+            positions = _permutations(sizes.tolist(), passes.tolist(), seeds)
+            position = positions[np.where(real, begins[client, None] + pass_ * size + position, 0)]
+        return np.where(real, firsts[client, None] + position, -1)
 
 
-def _one_pass(size: int, rng: np.random.Generator | None) -> np.ndarray:
-    return np.arange(size) if rng is None else rng.permutation(size)
+def _permutations(
+    sizes: Sequence[int], passes: Sequence[int], seeds: Sequence[Sequence[int]]
+) -> np.ndarray:
+    """Each client's passes over its examples, one after another."""
+    drawn = [np.zeros(0, np.int64)]  # There may be no client.
+    for size, number, seed in zip(sizes, passes, seeds, strict=True):
+        rng = np.random.default_rng(seed)
+        drawn += [rng.permutation(size) for _ in range(number)]
+    return np.concatenate(drawn)
+
+
+def consecutive(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """`counts[i]` consecutive numbers from `firsts[i]`, for all i one after another, int64."""
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(firsts - ends + counts, counts)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 PyTree = Any
-# Of every leaf its shape but for the first axis, and its dtype; and the tree's structure.
-Layout = tuple[tuple[tuple[tuple[int, ...], str], ...], Any]
+# Of every leaf its shape and dtype, without the axis of devices; and the tree's structure.
+Layout = tuple[tuple[tuple[tuple[int, ...], np.dtype], ...], Any]
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["flat"], meta_fields=["layout"])
@@ -29,17 +30,16 @@ class PackedTree:
     layout: Layout
 
     @classmethod
-    def of(cls, tree: PyTree) -> PackedTree:
-        """Packs NumPy arrays whose first axes are equally long."""
-        leaves, structure = jax.tree.flatten(tree)
-        shapes = tuple((leaf.shape[1:], leaf.dtype.name) for leaf in leaves)
-        flat = np.concatenate(
-            [leaf.reshape(len(leaf), -1).astype(np.int32) for leaf in leaves], axis=1
-        )
-        return cls(flat, (shapes, structure))
+    def of(cls, trees: Sequence[PyTree]) -> PackedTree:
+        """Packs D trees of NumPy arrays that are alike in all but their values."""
+        structure = jax.tree.structure(trees[0])
+        rows = [jax.tree.leaves(tree) for tree in trees]
+        flat = [np.concatenate([leaf.ravel() for leaf in row], dtype=np.int32) for row in rows]
+        layout = tuple((leaf.shape, leaf.dtype) for leaf in rows[0])
+        return cls(np.stack(flat), (layout, structure))
 
     def unpack(self) -> PyTree:
-        """The arrays as they were."""
+        """The arrays of all trees, stacked: leaves (D, ...)."""
         shapes, structure = self.layout
         ends = np.cumsum([math.prod(shape) for shape, _ in shapes])
         parts = jax.numpy.split(self.flat, ends[:-1], axis=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -53,17 +54,17 @@ class Placement:
     def num_devices(self) -> int:
         return self.mesh.size
 
-    @property
+    @functools.cached_property
     def processes(self) -> np.ndarray:
         """(D,) int, the process that each device belongs to."""
         return np.array([device.process_index for device in self.mesh.devices])
 
-    @property
+    @functools.cached_property
     def local(self) -> np.ndarray:
         """Indices of this process's devices."""
         return np.flatnonzero(self.processes == jax.process_index())
 
-    @property
+    @functools.cached_property
     def num_processes(self) -> int:
         return len(np.unique(self.processes))
 

@@ -37,11 +37,11 @@ class RoundInputs(NamedTuple):
 
 
 class DeviceInputs(NamedTuple):
-    """What a device gets of a round; D devices, S client slots on each.
+    """What a device gets of a round; once unpacked, everything has a leading axis of all devices.
 
     Attributes:
-      index: (D, S) int32, and so num_examples and num_steps; see `Clients`.
-      schedule: leaves (D, ...).
+      index: (S,) int32, one for each client slot, and so num_examples and num_steps; see `Clients`.
+      schedule: of its clients.
     """
 
     index: jax.Array
@@ -140,14 +140,16 @@ class Runner:
             examples = self._resident
             firsts = self._dataset.offsets[clients] - self._dataset.offsets[self._own.start]
 
-        def batches(member: int) -> np.ndarray:
-            seed = [_SHUFFLE_STREAM, self._seed, round_, int(clients[member])]
-            order = self._batching.order(int(sizes[member]), seed)
-            return np.where(order >= 0, order + firsts[member], -1)
+        def by_slot(values: np.ndarray) -> np.ndarray:
+            slots = np.zeros(num_slots, np.int32)
+            slots[: len(values)] = values
+            return slots
 
-        schedules = [
-            schedule_lib.pack(
-                [batches(member) for member in own],
+        def pack(own: np.ndarray) -> DeviceInputs:
+            seeds = [[_SHUFFLE_STREAM, self._seed, round_, one] for one in clients[own].tolist()]
+            schedule = schedule_lib.pack(
+                self._batching.order(sizes[own], firsts[own], seeds),
+                steps[own],
                 lane_of[own],
                 start_of[own],
                 lanes=self._lanes,
@@ -155,21 +157,13 @@ class Runner:
                 steps=num_steps,
                 batch_sizes=self._batch_sizes,
             )
-            for own in members
-        ]
+            return DeviceInputs(*map(by_slot, (clients[own], sizes[own], steps[own])), schedule)
 
-        def by_slot(values: np.ndarray) -> np.ndarray:
-            table = np.zeros((len(members), num_slots), np.int32)
-            for row, own in zip(table, members, strict=True):
-                row[position[own]] = values[own]
-            return table
-
-        schedule = jax.tree.map(lambda *leaves: np.stack(leaves), *schedules)
-        by_device = DeviceInputs(by_slot(clients), by_slot(sizes), by_slot(steps), schedule)
-        inputs = RoundInputs(
-            number=self.placement.replicate(np.array([round_, len(clients)], np.int32)),
-            by_device=self.placement.split(PackedTree.of(by_device)),
-        )
+        by_device = [pack(own) for own in members]
+        inputs = PackedTree.of(by_device)
+        if self.placement.num_devices > 1:  # A single one gets NumPy arrays faster with the call.
+            inputs = self.placement.split(inputs)
+        schedules = [one.schedule for one in by_device]
         real = sum(int((one.rows >= 0).sum()) for one in schedules)
         computed = self._lanes * sum(
             int(np.take(self._batch_sizes, one.widths[: one.bounds[one.num_segments]]).sum())
@@ -180,7 +174,7 @@ class Runner:
             clients=clients,
             slots=device_of * num_slots + position,
             num_slots=num_slots,
-            inputs=inputs,
+            inputs=RoundInputs(np.array([round_, len(clients)], np.int32), inputs),
             examples=examples,
             num_examples=int(self._batching.num_examples(sizes).sum()),
             utilisation=real / max(computed, 1),
@@ -350,13 +344,16 @@ class _Capacity(NamedTuple):
         devices: int,
     ) -> _Capacity:
         sizes = batching.used(dataset.client_sizes)
-        steps = batching.num_steps(sizes)
-        share = 1.5 * cohort_size / devices
-        return cls(
-            slots=cohort_size if devices == 1 else min(cohort_size, math.ceil(share) + 2),
-            steps=math.ceil(share * steps.mean() / lanes) + int(steps.max()),
-            examples=math.ceil(share * sizes.mean()) + int(sizes.max()),
-        )
+        share = cohort_size
+        if devices > 1:
+            share = min(cohort_size, math.ceil(1.5 * cohort_size / devices) + 2)
+
+        def most(values: np.ndarray, lanes: int) -> int:
+            """Four standard deviations above the mean, and one client as large as any."""
+            total = share * values.mean() + 4 * math.sqrt(share) * values.std()
+            return math.ceil(total / lanes) + int(values.max())
+
+        return cls(share, most(batching.num_steps(sizes), lanes), most(sizes, 1))
 
 
 def _bucket(count: int, capacity: int) -> int:

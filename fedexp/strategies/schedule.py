@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedexp.data.batching import consecutive
+
 
 class Schedule(NamedTuple):
     """Which examples make batch t of lane l, and where clients begin and end.
@@ -41,7 +43,8 @@ class Schedule(NamedTuple):
 
 
 def pack(
-    batches: Sequence[np.ndarray],
+    batches: np.ndarray,
+    lengths: np.ndarray,
     lane_of: np.ndarray,
     start_of: np.ndarray,
     *,
@@ -53,7 +56,8 @@ def pack(
     """Lays the clients' batches out on their lanes.
 
     Args:
-      batches: per client, its batches (num_steps_i, B) int; -1 is padding, and last.
+      batches: (steps of all, B) int, client by client; -1 is padding, and last.
+      lengths: (num_clients,) int64, the steps of each client.
       lane_of: (num_clients,) int, the lane of each client.
       start_of: (num_clients,) int, its first step; lanes run their clients without a gap.
       lanes: L.
@@ -61,10 +65,9 @@ def pack(
       steps: T, the steps to pad to.
       batch_sizes: the compiled ones, ascending; the last is B.
     """
-    end_of = start_of + np.array([len(client) for client in batches], np.int64)
+    end_of = start_of + lengths
     rows = np.full((steps, lanes, batch_sizes[-1]), -1, np.int32)
-    for client, lane, start, end in zip(batches, lane_of, start_of, end_of, strict=True):
-        rows[start:end, lane] = client
+    rows[consecutive(start_of, lengths), np.repeat(lane_of, lengths)] = batches
     fullest = (rows >= 0).sum(axis=2).max(axis=1)
     widths = np.searchsorted(batch_sizes, fullest).astype(np.int32)
 
@@ -75,12 +78,11 @@ def pack(
     slot = np.full((slots, lanes), slots, np.int32)
     starts = np.zeros((slots, lanes), np.int32)
     ends = np.zeros((slots, lanes), bool)
-    first = np.searchsorted(edges, start_of)
-    last = np.searchsorted(edges, end_of)
-    for client, lane in enumerate(lane_of):
-        slot[first[client] : last[client], lane] = client
-        starts[first[client] : last[client], lane] = start_of[client]
-        ends[last[client] - 1, lane] = True
+    first, last = np.searchsorted(edges, [start_of, end_of])
+    client = np.repeat(np.arange(len(lengths)), last - first)
+    place = consecutive(first, last - first), lane_of[client]
+    slot[place], starts[place] = client, start_of[client]
+    ends[last - 1, lane_of] = True
     return Schedule(rows, widths, bounds, slot, starts, ends, np.int32(num_segments))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -22,7 +24,7 @@ batchings = st.builds(
 
 
 def draw(batching: ClientBatching, size: int) -> np.ndarray:
-    return batching.order(size, [0])
+    return batching.order(np.array([size]), np.array([0]), [[0]])
 
 
 @given(sizes, batch_sizes, st.integers(1, 3), st.booleans())
@@ -87,6 +89,22 @@ def test_fill_counts_counts_real_examples_per_batch(sizes, batching):
     real = np.concatenate([(draw(batching, size) >= 0).sum(axis=1) for size in sizes])
     expected = np.bincount(real, minlength=batching.batch_size + 1)
     np.testing.assert_array_equal(batching.fill_counts(np.array(sizes)), expected)
+
+
+@given(st.lists(sizes, max_size=5), batchings, st.booleans())
+def test_a_cohort_is_its_clients_one_by_one(sizes, batching, shuffle):
+    batching = dataclasses.replace(batching, shuffle=shuffle)
+    sizes, firsts = np.array(sizes, np.int64), 1000 * np.arange(len(sizes))
+    seeds = [[0, client] for client in range(len(sizes))]
+    together = batching.order(sizes, firsts, seeds)
+    assert len(together) == batching.num_steps(sizes).sum()
+    begin = 0
+    for client in range(len(sizes)):
+        one = slice(client, client + 1)
+        alone = batching.order(sizes[one], np.array([0]), seeds[one])
+        shifted = np.where(alone >= 0, alone + 1000 * client, -1)
+        np.testing.assert_array_equal(together[begin : begin + len(alone)], shifted)
+        begin += len(alone)
 
 
 def test_padding_comes_last():

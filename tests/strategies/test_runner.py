@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import sys
 
 import jax
@@ -42,6 +43,20 @@ def test_many_cohorts_of_different_sizes_share_one_compilation():
         cohort = np.sort(rng.choice(len(linear.SIZES), rng.integers(1, 5), replace=False))
         state = runner.run(state, runner.prepare(number, cohort)).server_state
     assert runner.compilations == 1
+
+
+@pytest.mark.parametrize("max_resident_bytes", [None, 1])
+def test_hardly_any_cohort_of_unequal_clients_needs_shapes_of_its_own(max_resident_bytes):
+    rng = np.random.default_rng(0)
+    sizes = np.ceil(rng.lognormal(2.0, 1.0, 300)).astype(int)
+    strategy = jit(1, max_resident_bytes=max_resident_bytes)
+    runner, _ = bind(strategy, cohort_size=10, dataset=linear.dataset(tuple(sizes)))
+    shapes = collections.Counter(
+        (prepared.inputs.by_device.layout, len(prepared.examples["x"][0]))
+        for number in range(1000)
+        for prepared in [runner.prepare(number, rng.choice(300, 10, replace=False))]
+    )
+    assert shapes.most_common(1)[0][1] >= 998
 
 
 def test_a_larger_cohort_takes_the_next_bucket():
@@ -96,6 +111,24 @@ def test_resident_and_streamed_examples_give_the_same_round():
     np.testing.assert_array_equal(results[0]["w"], results[1]["w"])
 
 
+@pytest.mark.parametrize("strategy", [debug, lambda: jit(1), lambda: jit(3), lambda: mesh(2)])
+def test_what_other_clients_hold_never_counts(strategy):
+    """Padding and idle lanes have to be filled with something: never with NaN of other clients."""
+    cohort, results = np.array([3, 4, 6]), []
+    for fill in (0, np.nan):
+        clients = dict(linear.dataset().clients())
+        for number, examples in enumerate(clients.values()):
+            if number not in cohort:
+                examples["x"] = np.full_like(examples["x"], fill)
+        runner, state = bind(strategy(), dataset=FederatedDataset.from_clients(clients))
+        for number in range(2):
+            output = runner.run(state, runner.prepare(number, cohort))
+            state = output.server_state
+        results.append((state.params, output.metrics))
+    assert np.isfinite(results[0][0]["w"]).all()
+    jax.tree.map(np.testing.assert_array_equal, *results)
+
+
 @pytest.mark.parametrize("max_resident_bytes", [None, 1])
 def test_max_examples_is_as_if_clients_had_only_their_first_ones(max_resident_bytes):
     """Unshuffled, because a permutation of fewer examples draws other numbers."""
@@ -145,7 +178,7 @@ def test_a_packed_tree_comes_back_as_it_was():
         "a": np.arange(12, dtype=np.int32).reshape(2, 3, 2),
         "b": (np.array([True, False]), np.zeros((2, 0), np.int32)),
     }
-    packed = PackedTree.of(tree)
+    packed = PackedTree.of([jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(2)])
     back = jax.jit(lambda packed: packed.unpack())(packed)
     assert packed.flat.shape == (2, 7)
     jax.tree.map(np.testing.assert_array_equal, back, tree)

@@ -12,14 +12,14 @@ lengths_of_clients = st.lists(st.integers(1, 12), min_size=0, max_size=12)
 lanes = st.integers(1, 6)
 
 
-def batches_of(lengths: list[int], batch_size: int = 3) -> list[np.ndarray]:
+def batches_of(lengths: list[int], batch_size: int = 3) -> np.ndarray:
     """Client c's batch t holds the row 100 c + t, and padding."""
-    batches = []
+    batches = [np.zeros((0, batch_size), np.int64)]
     for client, length in enumerate(lengths):
         rows = np.full((length, batch_size), -1)
         rows[:, 0] = 100 * client + np.arange(length)
         batches.append(rows)
-    return batches
+    return np.concatenate(batches)
 
 
 def replay(schedule: schedule_lib.Schedule) -> dict[int, list[int]]:
@@ -48,14 +48,15 @@ def replay(schedule: schedule_lib.Schedule) -> dict[int, list[int]]:
 
 def packed(lengths: list[int], num_lanes: int, more_slots: int = 0, more_steps: int = 0):
     lane_of, start_of = schedule_lib.assign(lengths, num_lanes)
-    longest = int((start_of + np.array(lengths, np.int64)).max(initial=0))
+    lengths = np.array(lengths, np.int64)
     return schedule_lib.pack(
         batches_of(lengths),
+        lengths,
         lane_of,
         start_of,
         lanes=num_lanes,
         slots=len(lengths) + more_slots,
-        steps=longest + more_steps,
+        steps=int((start_of + lengths).max(initial=0)) + more_steps,
         batch_sizes=(3,),
     )
 
@@ -103,13 +104,14 @@ def test_two_batch_sizes_are_the_best_two_or_one(counts):
 
 
 def test_a_step_is_as_wide_as_its_largest_batch():
-    batches = [np.array([[0, 1, 2, 3], [4, -1, -1, -1]]), np.array([[5, 6, -1, -1]])]
+    batches = np.array([[0, 1, 2, 3], [4, -1, -1, -1], [5, 6, -1, -1]])
     for lane_of, start_of, widths in (
         ([0, 1], [0, 0], [2, 0]),
         ([0, 0], [0, 2], [2, 0, 1]),
     ):
         schedule = schedule_lib.pack(
             batches,
+            np.array([2, 1]),
             np.array(lane_of),
             np.array(start_of),
             lanes=2,

@@ -35,7 +35,8 @@ class EvaluationPlan:
     Attributes:
       every: rounds between evaluations; 0 evaluates at the end only.
       clients: test clients sampled once for the evaluations on the way; all of them if None.
-      batch_size: examples a device holds at once; small batches stay in a CPU's cache.
+      batch_size: examples a device holds at once; if None, 32 on CPU, where small batches stay in the
+        cache, and 256 elsewhere.
 
     Raises:
       UserError: a number out of range.
@@ -43,12 +44,13 @@ class EvaluationPlan:
 
     every: int = 10
     clients: int | None = None
-    batch_size: int = 32
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.every < 0 or self.batch_size < 1 or (self.clients is not None and self.clients < 1):
+        given = [number for number in (self.clients, self.batch_size) if number is not None]
+        if self.every < 0 or min(given, default=1) < 1:
             raise UserError(
-                "EvaluationPlan needs every >= 0, clients >= 1 (or None) and batch_size >= 1, got "
+                "EvaluationPlan needs every >= 0, clients >= 1 and batch_size >= 1 (or None), got "
                 f"every={self.every}, clients={self.clients}, batch_size={self.batch_size}"
             )
 
@@ -87,13 +89,15 @@ class Evaluator:
         self,
         task: Task,
         dataset: FederatedDataset,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         placement: Placement | None = None,
     ):
         self._task = task
         self._dataset = dataset
         self._placement = placement or one_device()
         self._share = -(-dataset.num_examples // self._placement.num_devices)
+        if batch_size is None:
+            batch_size = 32 if jax.default_backend() == "cpu" else 256
         self._batch_size = min(batch_size, self._share)
         self._step = jit(self._add_batch, donate_argnums=1)
         self._total = jit(self._sum_over_devices)
@@ -102,7 +106,7 @@ class Evaluator:
         """Evaluates `params` on every example."""
         sums = self._placement.split(self._zeros())
         for batch, client in self._batches():
-            sums = self._step(params, sums, self._placement.split((batch, client)))
+            sums = self._step(params, sums, self._placement.arguments((batch, client)))
         per_client_sums, confusion = jax.device_get(self._total(sums))
         metrics, per_client = {}, {}
         for name, (values, weights) in per_client_sums.items():

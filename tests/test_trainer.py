@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import random
@@ -25,6 +26,7 @@ from fedexp.data import ClientBatching, FederatedDataset, FederatedSplits, fixed
 from fedexp.errors import UserError
 from fedexp.evaluation import EvaluationPlan
 from fedexp.strategies import jit
+from fedexp.summaries import Writer
 from fedexp.tasks import classification
 from fedexp.trainer import CheckpointPlan, train
 from tests.support import linear
@@ -219,6 +221,20 @@ def test_divergence_names_round_and_metric_and_keeps_earlier_checkpoints(tmp_pat
     if latest is not None:
         assert latest % 3 == 0
     checkpointer.close()
+
+
+def test_spreads_are_the_mean_and_percentiles_over_clients(tmp_path, monkeypatch):
+    scalars, clients = collections.defaultdict(dict), {}
+    monkeypatch.setattr(Writer, "scalars", lambda _, step, values: scalars[step].update(values))
+    monkeypatch.setattr(
+        Writer, "histogram", lambda _, *given: clients.update({given[:2]: given[2]})
+    )
+    run(tmp_path, num_rounds=3)
+    assert {name for _, name in clients} >= {"clients/mae", "clients/test_mae"}
+    for (step, name), values in clients.items():
+        found = [scalars[step][f"{name}/{part}"] for part in ("mean", "p10", "p90")]
+        expected = [values.mean(), *np.percentile(values, [10, 90])]
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_a_best_metric_that_evaluation_lacks_is_refused_before_training():

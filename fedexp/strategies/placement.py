@@ -78,6 +78,11 @@ class Placement:
 
         return jax.tree.map(put, parts)
 
+    def arguments(self, parts: PyTree) -> PyTree:
+        """`split` for small arrays that a compiled function is about to be called with."""
+        # A single device takes NumPy arrays with the call, in a fifth of the time.
+        return parts if self.num_devices == 1 else self.split(parts)
+
     def replicate(self, tree: PyTree) -> PyTree:
         """Puts a copy on every device; all processes must hold the same values."""
         sharding = NamedSharding(self.mesh, _WHOLE)

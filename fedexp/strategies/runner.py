@@ -160,9 +160,7 @@ class Runner:
             return DeviceInputs(*map(by_slot, (clients[own], sizes[own], steps[own])), schedule)
 
         by_device = [pack(own) for own in members]
-        inputs = PackedTree.of(by_device)
-        if self.placement.num_devices > 1:  # A single one gets NumPy arrays faster with the call.
-            inputs = self.placement.split(inputs)
+        inputs = self.placement.arguments(PackedTree.of(by_device))
         schedules = [one.schedule for one in by_device]
         real = sum(int((one.rows >= 0).sum()) for one in schedules)
         computed = self._lanes * sum(

@@ -17,6 +17,7 @@ from fedexp.errors import UserError
 from fedexp.tasks.augment import Augment
 from fedexp.tasks.base import Features, Metric, PyTree, Task
 from fedexp.tasks.metrics import accuracy, cross_entropy
+from fedexp.tasks.precision import Precision, in_precision
 
 Preprocess = Callable[[jax.Array], jax.Array]
 _AUGMENT_STREAM = 1  # Flax folds hashes into the same key for dropout.
@@ -59,6 +60,7 @@ def classification(
     preprocess: Preprocess | None = scale,
     class_names: Sequence[str] | None = None,
     augment: Augment | None = None,
+    compute_dtype: Precision = None,
 ) -> Task:
     """The task of predicting feature 'y' (B,) from feature 'x' by minimising the cross-entropy.
 
@@ -71,6 +73,8 @@ def classification(
       class_names: one name per class, for the confusion matrix.
       augment: runs on x as it is stored, before `preprocess`: with a key in training, with None in
         evaluation. Random without touching what dropout draws.
+      compute_dtype: 'bfloat16' computes the model in that, for accelerators that are faster at it; what is
+        trained stays float32. See `precision.in_precision`.
 
     Raises:
       UserError: names that do not fit num_classes. The task's `init` raises for a model whose
@@ -80,6 +84,7 @@ def classification(
     if class_names is not None and len(class_names) != num_classes:
         raise UserError(f"{num_classes} classes need as many names, got {len(class_names)}")
     takes_train = "train" in inspect.signature(type(model).__call__).parameters
+    apply_model = in_precision(model, compute_dtype)
 
     def inputs(batch: Features, key: jax.Array | None) -> tuple[tuple[jax.Array], dict[str, bool]]:
         x = jnp.asarray(batch["x"])
@@ -100,7 +105,7 @@ def classification(
     def apply(params: PyTree, batch: Features, key: jax.Array | None) -> jax.Array:
         args, kwargs = inputs(batch, key)
         rngs = None if key is None else {"dropout": key}
-        return model.apply({"params": params}, *args, rngs=rngs, **kwargs)
+        return apply_model(params, *args, rngs=rngs, **kwargs)
 
     return Task(
         init=init,

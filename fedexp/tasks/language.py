@@ -17,6 +17,7 @@ from fedexp.data.dataset import FederatedDataset
 from fedexp.errors import UserError
 from fedexp.tasks.base import Features, Measure, Metric, PyTree, Task
 from fedexp.tasks.classification import check_parameters_only
+from fedexp.tasks.precision import Precision, in_precision
 
 _PAD = 0
 _CHECKED_ROWS = 4096
@@ -30,6 +31,7 @@ def next_token(
     bos: int | None = None,
     eos: int | None = None,
     metrics: Mapping[str, Metric] | None = None,
+    compute_dtype: Precision = None,
 ) -> Task:
     """The task of predicting each token of feature 'tokens' (B, L + 1) from those before it.
 
@@ -61,6 +63,8 @@ def next_token(
       bos: the id that begins a sequence; vocab_size - 2 if None.
       eos: the id that ends a sequence; vocab_size - 1 if None.
       metrics: name -> metric, in place of those above (the perplexity stays).
+      compute_dtype: 'bfloat16' computes the model in that, for accelerators that are faster at it; what is
+        trained stays float32. See `precision.in_precision`.
 
     Raises:
       UserError: special ids that are not different ones in [1, vocab_size), or no vocab_size. The
@@ -82,6 +86,7 @@ def next_token(
             f"padding, got oov={oov}, bos={bos}, eos={eos}"
         )
     takes_train = "train" in inspect.signature(type(model).__call__).parameters
+    apply_model = in_precision(model, compute_dtype)
 
     def init(key: jax.Array, batch: Features) -> PyTree:
         tokens = jnp.asarray(batch["tokens"])[:, :-1]
@@ -94,7 +99,7 @@ def next_token(
         tokens = jnp.asarray(batch["tokens"]).astype(jnp.int32)[:, :-1]
         kwargs = {"train": key is not None} if takes_train else {}
         rngs = None if key is None else {"dropout": key}
-        return model.apply({"params": params}, tokens, rngs=rngs, **kwargs)
+        return apply_model(params, tokens, rngs=rngs, **kwargs)
 
     return Task(
         init=init,

@@ -12,11 +12,15 @@ from fedexp.data.dataset import FederatedDataset
 from fedexp.errors import UserError
 from fedexp.tasks.base import Features, Measure, PyTree, Task
 from fedexp.tasks.classification import Preprocess, check_parameters_only, images, scale
+from fedexp.tasks.precision import Precision, in_precision
 
 
 @gin.configurable
 def reconstruction(
-    model: nn.Module, preprocess: Preprocess | None = scale, sum_loss: bool = False
+    model: nn.Module,
+    preprocess: Preprocess | None = scale,
+    sum_loss: bool = False,
+    compute_dtype: Precision = None,
 ) -> Task:
     """The task of giving feature 'x' back by minimising the mean squared error.
 
@@ -29,11 +33,15 @@ def reconstruction(
         what the reconstruction is compared with.
       sum_loss: minimise the sum over a batch's examples instead of their mean, as the code of Reddi et
         al. 2021 (arXiv:2003.00295) does; their learning rates are for that sum.
+      compute_dtype: 'bfloat16' computes the model in that, for accelerators that are faster at it; what is
+        trained stays float32. See `precision.in_precision`.
 
     Raises:
       UserError: the task's `init` raises for a model that returns another shape or keeps state besides
         its parameters; its `check` for a data set without x.
     """
+
+    apply_model = in_precision(model, compute_dtype)
 
     def inputs(batch: Features) -> jax.Array:
         x = jnp.asarray(batch["x"])
@@ -48,7 +56,7 @@ def reconstruction(
 
     def apply(params: PyTree, batch: Features, key: jax.Array | None) -> jax.Array:
         del key
-        return model.apply({"params": params}, inputs(batch))
+        return apply_model(params, inputs(batch))
 
     def squared_error(outputs: jax.Array, batch: Features) -> Measure:
         error = (outputs - inputs(batch)).astype(jnp.float32)

@@ -14,6 +14,7 @@ from fedexp.errors import UserError
 from fedexp.tasks.base import Features, Measure, Metric, PyTree, Task
 from fedexp.tasks.classification import check_parameters_only
 from fedexp.tasks.language import check_ids
+from fedexp.tasks.precision import Precision, in_precision
 
 _CHECKED_ROWS = 4096
 
@@ -24,6 +25,7 @@ def tag_prediction(
     vocab_size: int | None = None,
     num_tags: int | None = None,
     recall_at: int = 5,
+    compute_dtype: Precision = None,
 ) -> Task:
     """The task of predicting feature 'tags' of a post from 'words' and 'num_words'.
 
@@ -44,6 +46,8 @@ def tag_prediction(
       vocab_size: number of words; the model's own attribute if None.
       num_tags: number of tags; the model's own attribute if None.
       recall_at: how many of the highest logits count for the recall, and in its name.
+      compute_dtype: 'bfloat16' computes the model in that, for accelerators that are faster at it; what is
+        trained stays float32. See `precision.in_precision`.
 
     Raises:
       UserError: recall_at below 1, or a number that neither the model nor the caller gives. The task's
@@ -54,6 +58,8 @@ def tag_prediction(
     num_tags = _number(model, "num_tags", num_tags)
     if recall_at < 1:
         raise UserError(f"tag_prediction.recall_at must be at least 1, got {recall_at}")
+
+    apply_model = in_precision(model, compute_dtype)
 
     def inputs(batch: Features) -> tuple[jax.Array, jax.Array]:
         return jnp.asarray(batch["words"]), jnp.asarray(batch["num_words"])
@@ -71,7 +77,7 @@ def tag_prediction(
 
     def apply(params: PyTree, batch: Features, key: jax.Array | None) -> jax.Array:
         del key
-        return model.apply({"params": params}, *inputs(batch))
+        return apply_model(params, *inputs(batch))
 
     return Task(
         init=init,

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from fedexp.algorithms import fedavg
+from fedexp.data import ClientBatching, FederatedDataset
+from fedexp.errors import UserError
+from fedexp.models import EmnistAutoencoder, EmnistCNN, LSTMLanguageModel, TagLogistic
+from fedexp.strategies import Runner, jit
+from fedexp.tasks import classification, mean_loss, next_token, reconstruction, tag_prediction
+
+KEY = jax.random.key(0)
+RNG = np.random.default_rng(0)
+IMAGES = {
+    "x": RNG.integers(0, 256, (8, 28, 28)).astype(np.uint8),
+    "y": RNG.integers(0, 10, 8).astype(np.int32),
+}
+TEXT = {"tokens": RNG.integers(1, 30, (4, 9)).astype(np.uint16)}
+POSTS = {
+    "words": RNG.integers(1, 40, (5, 6)).astype(np.uint16),
+    "num_words": np.full(5, 6, np.uint16),
+    "tags": RNG.integers(0, 7, (5, 2)).astype(np.int16),
+}
+TASKS = {
+    "classification": (classification, EmnistCNN(10), {"num_classes": 10}, IMAGES),
+    "next_token": (next_token, LSTMLanguageModel(30, 8, 16, 2), {}, TEXT),
+    "reconstruction": (reconstruction, EmnistAutoencoder(), {}, IMAGES),
+    "tag_prediction": (tag_prediction, TagLogistic(40, 7), {}, POSTS),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_in_bfloat16_is_nearly_the_same_and_trains_float32(name):
+    build, model, options, batch = TASKS[name]
+    mask = np.ones(len(next(iter(batch.values()))), bool)
+    whole, half = build(model, **options), build(model, **options, compute_dtype="bfloat16")
+    params = whole.init(KEY, batch)
+    jax.tree.map(np.testing.assert_array_equal, params, half.init(KEY, batch))
+
+    def value_and_gradient(task):
+        loss = lambda params: mean_loss(task, params, batch, mask, KEY)  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    (loss, _), gradient = value_and_gradient(whole)
+    (half_loss, sums), half_gradient = value_and_gradient(half)
+    for leaf in jax.tree.leaves((half_loss, sums, half_gradient)):
+        assert leaf.dtype == jnp.float32
+    np.testing.assert_allclose(half_loss, loss, rtol=0.02)
+    error = optax.tree.norm(jax.tree.map(jnp.subtract, half_gradient, gradient))
+    # Bfloat16 has 8 bits, an error of 0.4 % in every number.
+    assert 1e-4 < error / optax.tree.norm(gradient) < 0.1
+
+
+def test_parameters_and_inputs_are_rounded_alike():
+    seen = []
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            kernel = self.param("kernel", nn.initializers.ones, (3, 2))
+            seen.append((x.dtype, kernel.dtype))
+            return x @ kernel
+
+    batch = {"x": np.full((1, 3), 1.001, np.float32), "y": np.zeros(1, np.int32)}
+    task = classification(Model(), 2, preprocess=None, compute_dtype="bfloat16")
+    params = task.init(KEY, batch)
+    logits = task.apply(params, batch, None)
+    assert seen[-1] == (jnp.bfloat16, jnp.bfloat16)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_array_equal(logits, [[3, 3]])  # 1.001 is 1 in bfloat16.
+
+
+def test_a_round_in_bfloat16_learns():
+    labels = RNG.integers(0, 2, 60).astype(np.int32)
+    x = (RNG.normal(size=(60, 3)) + 3 * labels[:, None]).astype(np.float32)
+    dataset = FederatedDataset(
+        {"x": x, "y": labels}, np.array([0, 20, 45, 60]), np.array(["a", "b", "c"])
+    )
+    task = classification(nn.Dense(2), 2, preprocess=None, compute_dtype="bfloat16")
+    params = task.init(KEY, dataset.slice(0, 1))
+    algorithm = fedavg(task, optax.sgd(0.1), optax.sgd(1.0))
+    batching = ClientBatching(8)
+    runner = Runner(jit(2), algorithm, dataset, batching, params=params, cohort_size=3, seed=0)
+    state, losses = runner.start(params), []
+    for number in range(10):
+        output = runner.run(state, runner.prepare(number, np.arange(3)))
+        state = output.server_state
+        losses.append(float(output.metrics["train/loss"]))
+    assert losses[-1] < losses[0] / 2
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_other_dtypes_are_refused(name):
+    build, model, options, _ = TASKS[name]
+    with pytest.raises(UserError, match="must be 'bfloat16' or None, got 'float16'"):
+        build(model, **options, compute_dtype="float16")

@@ -25,16 +25,20 @@ def test_jit_donates_and_compiles_once():
     assert traces == [(3,)]
 
 
-def test_the_level_is_for_cpus_only(monkeypatch):
+def test_the_level_is_for_cpus_only_and_xla_flags_win(monkeypatch):
     given = []
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
     monkeypatch.setattr(jax, "jit", lambda function, **options: given.append(options) or function)
     compiling.jit(abs)
     compiling.jit(abs, level=0)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=2")
+    compiling.jit(abs)
+    monkeypatch.delenv("XLA_FLAGS")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     compiling.jit(abs)
     options = [one["compiler_options"] for one in given]
     levels = [one and one["xla_backend_optimization_level"] for one in options]
-    assert levels == [1, 0, None]
+    assert levels == [1, 0, None, None]
 
 
 def test_run_once_is_the_function():

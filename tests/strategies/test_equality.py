@@ -19,6 +19,7 @@ ONE_PROCESS = ["jit:1:1", "jit:1:3"] + [
     for devices in (1, 2, 8)
     for lanes in (1, 3)
 ]
+_COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 TWO_PROCESSES = [f"mesh:{devices}:{lanes}" for devices in (1, 4) for lanes in (1, 3)]
 
 
@@ -31,7 +32,7 @@ def results(
     running = []
     for number in range(processes):
         # Almost all the time here goes into compiling, so let XLA optimise less.
-        env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+        env = os.environ | {"XLA_FLAGS": _COMPILE_FAST}
         if processes > 1:
             env["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{port}"
             env |= {"JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(number)}

@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import gin
 import jax
@@ -17,13 +17,15 @@ from fedexp.data import download
 from fedexp.errors import UserError
 
 _MAX_CACHE_BYTES = 1 << 30
+# A cohort of ten has no clients for many more.
+_MOST_CORES = 8
 # sysexits.h's EX_TEMPFAIL: nothing is wrong with the input, trying again may succeed.
 EXIT_LOST = 75
 
 
 @gin.configurable("runtime")
 def start(
-    num_cpu_devices: int | None = None,
+    num_cpu_devices: int | Literal["cores"] | None = None,
     lost_after_seconds: int = 30,
     join_seconds: int = 300,
     keep_compiled: bool = True,
@@ -36,7 +38,9 @@ def start(
     they are not part of the experiment.
 
     Args:
-      num_cpu_devices: virtual CPU devices of this process, to try several "cores" on any machine.
+      num_cpu_devices: virtual CPU devices of this process, to try several devices on any machine;
+        'cores' for one on each core that it may use, up to 8. That is faster for models whose operations
+        are too small to be worth sharing among cores, such as small LSTMs.
       lost_after_seconds: silence after which a process is taken for lost, and the run ends.
       join_seconds: how long to wait for the other processes.
       keep_compiled: keep compiled programs in the cache folder, for later runs of the same shapes.
@@ -45,9 +49,14 @@ def start(
       UserError: variables that are missing or wrong.
       SystemExit: JAX refuses to join. If the others do not come in time, JAX itself aborts.
     """
+    if num_cpu_devices == "cores":
+        num_cpu_devices = min(_cores(), _MOST_CORES)
     if num_cpu_devices is not None:
-        if num_cpu_devices < 1:
-            raise UserError(f"runtime.num_cpu_devices must be at least 1, got {num_cpu_devices}")
+        if not isinstance(num_cpu_devices, int) or num_cpu_devices < 1:
+            raise UserError(
+                "runtime.num_cpu_devices must be a number of at least 1, 'cores' or None, got "
+                f"{num_cpu_devices!r}"
+            )
         jax.config.update("jax_num_cpu_devices", num_cpu_devices)
     if keep_compiled and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         _keep_compiled_programs()
@@ -64,6 +73,12 @@ def start(
         )
     except (RuntimeError, ValueError, TypeError) as error:
         leave(f"error: cannot join the other processes: {_first_line(error)}", EXIT_LOST)
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # Not on macOS.
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _keep_compiled_programs() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import jax
 import pytest
 
@@ -72,9 +74,17 @@ def test_half_an_environment_is_refused(joined, env):
         joined(env)
 
 
-def test_no_virtual_devices_are_refused():
-    with pytest.raises(UserError, match="num_cpu_devices must be at least 1, got 0"):
-        runtime.start(num_cpu_devices=0)
+@pytest.mark.parametrize("number", [0, "core"])
+def test_no_virtual_devices_are_refused(number):
+    with pytest.raises(UserError, match=f"of at least 1, 'cores' or None, got {number!r}"):
+        runtime.start(num_cpu_devices=number)
+
+
+@pytest.mark.parametrize("cores, devices", [(1, 1), (3, 3), (64, 8)])
+def test_a_device_on_each_core(cores, devices, monkeypatch, settings):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    runtime.start(num_cpu_devices="cores")
+    assert settings["jax_num_cpu_devices"] == devices
 
 
 def test_compiled_programs_are_kept_in_the_cache_folder(tmp_path, monkeypatch, settings):

@@ -1,4 +1,4 @@
-"""fedexp, as its trainer runs rounds: the jit strategy, and a background thread a round ahead."""
+"""fedexp, as its shipped files run it: the auto strategy, and a background thread a round ahead."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import fedexp.trainer  # noqa: F401  What every user's process imports counts.
 from fedexp import models, runtime, tasks
 from fedexp.algorithms import fedavg
 from fedexp.data import ClientBatching, FederatedDataset
-from fedexp.strategies import Runner, jit
+from fedexp.strategies import Runner, auto
 
 
 def build_task(job: Job) -> tasks.Task:
@@ -47,7 +47,7 @@ def bind(job: Job) -> tuple[tasks.Task, Any, Runner]:
     if job.workload == "emnist_logistic":
         params = jax.tree.map(np.zeros_like, params)
     runner = Runner(
-        jit(),
+        auto(),
         fedavg(task, optax.sgd(job.learning_rate), optax.sgd(1.0)),
         dataset,
         ClientBatching(job.batch_size, shuffle=False),
@@ -59,7 +59,7 @@ def bind(job: Job) -> tuple[tasks.Task, Any, Runner]:
 
 
 def set_up(job: Job) -> Trainee:
-    runtime.start()
+    runtime.start(num_cpu_devices="cores" if job.workload == "shakespeare_lstm" else None)
     _, params, runner = bind(job)
     num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     state = runner.start(params)

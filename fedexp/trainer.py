@@ -416,7 +416,7 @@ def _spread(per_client: Mapping[str, np.ndarray]) -> dict[str, float]:
     for name, values in per_client.items():
         finite = np.sort(values[np.isfinite(values)])
         if finite.size:
-            # As np.percentile, in a tenth of its time: every round has spreads.
+            # As np.percentile, in less time: every round has spreads.
             places = np.array([0.1, 0.9]) * (finite.size - 1)
             low, high = np.interp(places, np.arange(finite.size), finite).tolist()
             scalars[f"{name}/mean"] = float(finite.mean())

@@ -58,7 +58,7 @@ class PreparedRound(NamedTuple):
       clients: (cohort size,) int64, indices of the sampled clients.
       slots: (cohort size,) int64, where each of them stands among the D x S slots.
       num_slots: S.
-      inputs: on the devices.
+      inputs: on the devices; for a single one NumPy, which goes there with the call.
       examples: name -> (D, rows, ...) on the devices; the whole data set, or the cohort's share.
       num_examples: examples that the round trains on, local epochs counted.
       utilisation: real examples over computed ones, on this process's devices.

@@ -37,6 +37,8 @@ IMAGES = Path(__file__).parent.parent / "docs" / "images"
 STRATEGIES = ("jit", "pmap", "mesh")
 COHORTS = (10, 20, 50, 100, 200, 500, 1000)
 MODULE = "benchmarks.fedjax_announcement"
+# Settings in which strategies of one report may differ.
+OF_CURVES = ("clients_per_round", "num_cpu_devices", "seconds_a_point")
 
 Report = dict[str, Any]
 
@@ -99,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         path = Path(arguments.output or RESULTS / f"announcement_{arguments.workload}.json")
         path.parent.mkdir(parents=True, exist_ok=True)
+        if arguments.add and path.exists():
+            add_to(json.loads(path.read_text()), report, path)
         for strategy in arguments.strategies:
             figures = in_a_process(strategy, sys.argv[1:] if argv is None else argv)
             report["data"] = figures.pop("data")
@@ -150,6 +154,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--whole", action="store_true", help="run the whole experiment instead of extrapolating")
     add("--gin_param", action="append", default=[], help="a binding that overrides the gin file's")
     add("--seed", type=int, default=0)
+    add("--add", action="store_true", help="keep what --output has of other strategies")
     add("--output", help="where the figures go as JSON")
     add("--plot", help="where the image goes")
     add("--logdir", help="folder for TensorBoard's scalars and image")
@@ -182,6 +187,25 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "gin_param",
     )
     return {name: getattr(arguments, name) for name in names} | {"real": bool(arguments.data_dir)}
+
+
+def add_to(before: Report, report: Report, path: Path) -> None:
+    """Takes the strategies of an earlier report into this one, with its date and the higher load.
+
+    Raises:
+      UserError: they were not measured alike.
+    """
+    others = []
+    for about in (before, report):
+        machine_ = {key: value for key, value in about["machine"].items() if key != "load_before"}
+        settings_ = {key: value for key, value in about["settings"].items() if key not in OF_CURVES}
+        others.append({"machine": machine_, "settings": settings_, "seed": about["seed"]})
+    if other := [part for part in others[0] if others[0][part] != others[1][part]]:
+        raise UserError(f"{path} has another {', '.join(other)}; leave out --add, or move the file")
+    report["strategies"] = before["strategies"]
+    report["date"] = ", ".join(sorted({*before["date"].split(", "), report["date"]}))
+    loads = [about["machine"]["load_before"] for about in (before, report)]
+    report["machine"]["load_before"] = max(loads)
 
 
 def in_a_process(strategy: str, argv: Sequence[str]) -> dict[str, Any]:

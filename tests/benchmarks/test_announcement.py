@@ -124,6 +124,26 @@ def test_figures_are_drawn_and_go_to_tensorboard(tmp_path):
     assert b"| jit | 1 x cpu | 3.0 |" in both["announcement/tables"][0].item()
 
 
+def test_a_strategy_is_added_to_others_that_were_measured_alike(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "figures.json"
+    before = json.loads(json.dumps(report()))
+    options = ["--add", "--strategies=mesh", f"--output={path}", f"--plot={tmp_path / 'plot.png'}"]
+    before["settings"] = announcement.settings(announcement.parse(["--clients_per_round=10"]))
+    path.write_text(json.dumps(before))
+    figures = before["strategies"]["mesh"] | {"devices": "2 x cpu", "data": before["data"]}
+    monkeypatch.setattr(announcement, "in_a_process", lambda *_: dict(figures))
+    monkeypatch.setattr(machine, "machine", lambda: MACHINE | {"load_before": 0.9})
+    assert announcement.main(options) == 0
+    after = json.loads(path.read_text())
+    assert after["strategies"]["jit"] == before["strategies"]["jit"]
+    assert after["strategies"]["mesh"]["devices"] == "2 x cpu"
+    assert after["date"].startswith("2026-01-01, ") and after["machine"]["load_before"] == 0.9
+
+    assert announcement.main([*options, "--seed=1"]) == 2
+    assert "has another seed; leave out --add" in capsys.readouterr().err
+    assert json.loads(path.read_text()) == after
+
+
 def test_bad_options_are_refused(capsys):
     for options, message in (
         (["--strategies=jit,tpu"], "tpu"),

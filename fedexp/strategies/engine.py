@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -56,11 +56,16 @@ def run_clients(
 
     The loop over steps holds nothing but `work.step`. Carries are made and finished between segments, so
     the passes over the parameters that `init` and `finish` cost are paid per client, not per step.
+
+    A single lane has one whole client a segment, so no carry passes on to the next one, and its carry
+    has no axis of lanes, for which XLA would copy the parameters in every step.
     """
     schedule, examples, clients = part
     num_slots, num_lanes = schedule.slots.shape
-    several = num_lanes > 1  # A single lane has one whole client a segment: no carry passes on.
-    over_lanes = _over_lanes(num_lanes)
+    several = num_lanes > 1
+    over_lanes = jax.vmap if several else lambda function: function
+    if not several:
+        schedule = schedule.without_lanes()
     init = over_lanes(lambda client: work.init(shared, client))
     step = over_lanes(lambda carry, batch, key: work.step(shared, carry, batch, key))
     finish = over_lanes(lambda carry, client: work.finish(shared, carry, client))
@@ -75,10 +80,10 @@ def run_clients(
         client = lane_clients(slots)
 
         def one_step(t, carry):
-            keys = jax.vmap(jax.random.fold_in)(client.key, t - starts)
+            keys = over_lanes(jax.random.fold_in)(client.key, t - starts)
 
             def of_size(size):
-                rows = schedule.rows[t, :, :size]
+                rows = schedule.rows[t, ..., :size]
                 return lambda carry: step(carry, take_batch(examples, rows), keys)
 
             return jax.lax.switch(schedule.widths[t], [*map(of_size, batch_sizes)], carry)
@@ -88,8 +93,9 @@ def run_clients(
         carry = jax.lax.fori_loop(begin, end, one_step, carry)
         lane_total, lane_each = finish(carry, client)
         if several:
-            lane_total = _select(ends, lane_total, jax.tree.map(jnp.zeros_like, lane_total))
-        total = jax.tree.map(lambda sum_, leaf: sum_ + leaf.sum(axis=0), total, lane_total)
+            ended = _select(ends, lane_total, jax.tree.map(jnp.zeros_like, lane_total))
+            lane_total = jax.tree.map(lambda leaf: leaf.sum(axis=0), ended)
+        total = jax.tree.map(jnp.add, total, lane_total)
         slots = jnp.where(ends, slots, num_slots)
         each = jax.tree.map(
             lambda all_, leaf: all_.at[slots].set(leaf, mode="drop"), each, lane_each
@@ -99,28 +105,17 @@ def run_clients(
     client = jax.eval_shape(lambda: lane_clients(schedule.slots[0]))
     carry = jax.eval_shape(init, client)
     total, each = jax.eval_shape(finish, carry, client)
+
+    def zeros(leaf, *axes):  # Without the lanes of `finish`.
+        return jnp.zeros((*axes, *leaf.shape[several:]), leaf.dtype)
+
     state = (
         _zeros(carry) if several else None,
-        jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), total),
-        jax.tree.map(lambda leaf: jnp.zeros((num_slots, *leaf.shape[1:]), leaf.dtype), each),
+        jax.tree.map(zeros, total),
+        jax.tree.map(lambda leaf: zeros(leaf, num_slots), each),
     )
     _, total, each = jax.lax.fori_loop(0, schedule.num_segments, segment, state)
     return total, each
-
-
-def _over_lanes(num_lanes: int) -> Callable[[Callable], Callable]:
-    """vmap over the lanes; a single lane is run bare, which XLA compiles to faster products."""
-    if num_lanes > 1:
-        return jax.vmap
-
-    def bare(function):
-        def run(*args):
-            out = function(*jax.tree.map(lambda leaf: leaf[0], args))
-            return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], out)
-
-        return run
-
-    return bare
 
 
 def _select(chosen: jax.Array, new: PyTree, old: PyTree) -> PyTree:

@@ -41,6 +41,11 @@ class Schedule(NamedTuple):
     ends: np.ndarray
     num_segments: np.ndarray
 
+    def without_lanes(self) -> Schedule:
+        """The schedule of an only lane, whose arrays lose the axis of lanes."""
+        lane = {name: getattr(self, name)[:, 0] for name in ("rows", "slots", "starts", "ends")}
+        return self._replace(**lane)
+
 
 def pack(
     batches: np.ndarray,

@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -235,26 +236,34 @@ def measure_rounds(
 def measure_starts(
     job: Job, folder: str, libraries: Sequence[Library], repeats: int, figures: Figures
 ) -> None:
-    """Times fresh processes from launch to the end of their first round."""
+    """Times fresh processes from launch to the end of their first round.
+
+    In pairs: the second one finds what its library has kept from the first.
+    """
     rows = figures["libraries"]
-    seconds: dict[str, list[float]] = {}
-    peaks: dict[str, list[float]] = {}
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for repeat in range(repeats):
         for library in rotated(running(libraries, rows), repeat):
             say(job.workload, f"start {repeat + 1} of {repeats}, {library.name}")
-            with noting_failure(library.name, rows):
-                begin = time.perf_counter()
-                with Peer(library) as peer:
-                    peer.ask(do="set_up", folder=folder)
-                    reply = peer.ask(do="train", rounds=[0, 1])
-                    seconds.setdefault(library.name, []).append(time.perf_counter() - begin)
-                    peaks.setdefault(library.name, []).append(mib(reply["peak_bytes"]))
+            with (
+                noting_failure(library.name, rows),
+                tempfile.TemporaryDirectory() as cache,
+            ):
+                for launch in ("start", "restart"):
+                    begin = time.perf_counter()
+                    with Peer(library, cache) as peer:
+                        peer.ask(do="set_up", folder=folder)
+                        reply = peer.ask(do="train", rounds=[0, 1])
+                        seconds = time.perf_counter() - begin
+                    found[library.name][f"{launch}_seconds"].append(seconds)
+                    found[library.name][f"{launch}_peak_mib"].append(mib(reply["peak_bytes"]))
+    ours = found.get(OURS) if not rows[OURS].get("failed") else None
     for library in running(libraries, rows):
-        name = library.name
-        rows[name]["start_seconds"] = spread(seconds[name])
-        rows[name]["start_peak_mib"] = spread(peaks[name])
-        if seconds.get(OURS) and not rows[OURS].get("failed"):
-            rows[name]["start_ratio"] = spread(ratios(seconds[name], seconds[OURS]))
+        row, own = rows[library.name], found[library.name]
+        row |= {name: spread(values) for name, values in own.items()}
+        for launch in ("start", "restart") if ours else ():
+            name = f"{launch}_seconds"
+            row[f"{launch}_ratio"] = spread(ratios(own[name], ours[name]))
 
 
 def running(libraries: Sequence[Library], rows: Figures) -> list[Library]:
@@ -349,6 +358,8 @@ def show(report: Figures) -> None:
             "seconds": lambda row: shown(row["start_seconds"], 1),
             f"times {OURS}'s": lambda row: shown(row.get("start_ratio"), 2),
             "peak": lambda row: shown(row["start_peak_mib"], 0) + " MiB",
+            "second launch": lambda row: shown(row["restart_seconds"], 1),
+            f"times {OURS}'s second": lambda row: shown(row.get("restart_ratio"), 2),
         }
         console.print(table("from launch to the end of the first round", report, columns))
     for line in remarks(report):
@@ -384,8 +395,8 @@ def remarks(report: Figures) -> list[str]:
     """What the table leaves out: data, versions, missing and failed libraries, agreement."""
     host = report["machine"]
     lines = [
-        f"{host['cpu']}, {host['cores']} cores, {host['memory_gib']} GiB, load {host['load_before']}; "
-        f"seed {report['seed']}"
+        f"{host['cpu']}, {host['vectors']}, {host['cores']} cores, {host['memory_gib']} GiB, load "
+        f"{host['load_before']}; seed {report['seed']}"
     ]
     if host["load_before"] > host["cores"] / 4:
         lines.append(

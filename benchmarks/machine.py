@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,19 +14,22 @@ from typing import Any
 from benchmarks.peers.protocol import versions
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+# The widest of a processor's vector instructions decide what its products take.
+VECTORS = {"avx512f": "AVX-512", "avx2": "AVX2", "asimd": "NEON"}
 ENVIRONMENT = ("OMP_", "XLA_", "JAX_PLATFORMS", "MKL_", "CUDA_VISIBLE")
 
 
 def machine(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     """Processor, memory, load, versions, and environment variables that change timings."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    model = platform.processor()
+    about: dict[str, str] = {}
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-        model = next(named, model)
+        about = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if ":" in line)
+    flags = about.get("flags", about.get("Features", "")).split()
     return {
-        "cpu": model,
+        "cpu": about.get("model name", platform.processor()),
+        "vectors": next((name for flag, name in VECTORS.items() if flag in flags), None),
         "cores": os.cpu_count(),
         "memory_gib": round(memory / 1024**3, 1),
         "system": platform.system(),
@@ -51,8 +55,9 @@ def sentence(about: dict[str, Any]) -> str:
     """What `machine` found, for a reader."""
     names = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     busy = about["load_before"] > about["cores"] / 4
+    vectors = f" with {about['vectors']}" if about.get("vectors") else ""
     return (
-        f"{about['cpu']}, {about['cores']} cores, {about['memory_gib']:.0f} GiB of memory, "
+        f"{about['cpu']}{vectors}, {about['cores']} cores, {about['memory_gib']:.0f} GiB of memory, "
         f"{about['system']}; {names}; load {about['load_before']} before"
         + ("; the machine was BUSY with other work, so these figures are too high" if busy else "")
     )

@@ -58,7 +58,14 @@ class PeerError(Exception):
 class Peer:
     """A running peer; a context manager that ends it."""
 
-    def __init__(self, library: Library):
+    def __init__(self, library: Library, cache: str | None = None):
+        """Launches it.
+
+        Args:
+          library: whose peer.
+          cache: a folder for what the library keeps for its next launch, as compiled programs; without one
+            none may keep any.
+        """
         self._library = library
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  Closed on exit.
         self._process = subprocess.Popen(
@@ -67,7 +74,7 @@ class Peer:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=_environment(os.environ, library),
+            env=_environment(os.environ, library, cache),
         )
 
     def __enter__(self) -> Peer:
@@ -97,14 +104,19 @@ class Peer:
         raise PeerError(f"it ended with code {code}: {' | '.join(lines)}")
 
 
-def _environment(environment: Mapping[str, str], library: Library) -> dict[str, str]:
+def _environment(
+    environment: Mapping[str, str], library: Library, cache: str | None
+) -> dict[str, str]:
     """The user's own, without what would favour one library or mix their packages."""
     shared = {
         name: value
         for name, value in environment.items()
-        if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+        if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "JAX_COMPILATION_CACHE_DIR")
     }
     shared.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # Peers share a GPU's memory.
-    shared["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # fedexp would keep one.
+    if cache is None:
+        shared["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # fedexp would keep one.
+    else:
+        shared["FEDEXP_CACHE"] = cache
     source = str(ROOT) if library.python == sys.executable else library.source
     return shared | ({"PYTHONPATH": source} if source else {})

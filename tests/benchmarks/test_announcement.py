@@ -62,6 +62,24 @@ def test_this_machine_is_described():
     assert json.loads(json.dumps(found)) == found
     assert "BUSY" in machine.sentence(found | {"load_before": 2.0 * found["cores"]})
     assert "BUSY" not in machine.sentence(found | {"load_before": 0.0})
+    assert "a CPU with AVX2, " in machine.sentence(found | {"cpu": "a CPU", "vectors": "AVX2"})
+    assert "a CPU, " in machine.sentence(found | {"cpu": "a CPU", "vectors": None})
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "cpu", "vectors"),
+    [
+        ("model name\t: Fast: 9\nflags\t\t: sse2 avx2 avx512f\n", "Fast: 9", "AVX-512"),
+        ("model name\t: Old\nflags\t\t: sse2 avx2\n\nprocessor\t: 1\n", "Old", "AVX2"),
+        ("Features\t: fp asimd\n", "by platform", "NEON"),
+    ],
+)
+def test_processors(monkeypatch, cpuinfo, cpu, vectors):
+    monkeypatch.setattr(machine.Path, "read_text", lambda path: cpuinfo)
+    monkeypatch.setattr(machine.platform, "processor", lambda: "by platform")
+    monkeypatch.setattr(machine, "versions", lambda packages: {})
+    found = machine.machine()
+    assert (found["cpu"], found["vectors"]) == (cpu, vectors)
 
 
 def test_the_whole_is_the_first_round_the_others_and_one_evaluation():

@@ -113,6 +113,29 @@ def test_a_peer_that_fails_says_why(tmp_path):
         peer.ask(do="set_up", folder=str(tmp_path))
 
 
+def test_a_second_launch_finds_what_the_first_one_kept(tmp_path):
+    from benchmarks.peers import process
+
+    log = tmp_path / "log"
+    keeping = f"""
+import os
+from pathlib import Path
+kept = Path(os.environ["FEDEXP_CACHE"])
+assert "JAX_ENABLE_COMPILATION_CACHE" not in os.environ
+with open({str(log)!r}, "a") as file:
+    print(*(path.name for path in kept.iterdir()), file=file)
+(kept / "program").touch()
+"""
+    library = script(tmp_path, keeping + ECHO.format(folder=str(process.FOLDER)))
+    job, rows = small_job(), {compare.OURS: {"missing": "not here"}, "Other": {}}
+    job.write(tmp_path)
+    compare.measure_starts(job, str(tmp_path), [library], 2, {"libraries": rows})
+    assert log.read_text().split("\n") == ["", "program", "", "program", ""]
+    row = rows["Other"]
+    assert len(row["start_seconds"]["all"]) == len(row["restart_peak_mib"]["all"]) == 2
+    assert not any("ratio" in name for name in row)
+
+
 @pytest.mark.parametrize("name", ["stackoverflow_lstm", "shakespeare_lstm"])
 def test_generated_text(name):
     options = {"num_clients": 30, "cohort_size": 5, "num_rounds": 4, "seed": 3, "data": "glyphs"}

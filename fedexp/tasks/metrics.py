@@ -17,7 +17,8 @@ from fedexp.tasks.base import Features, Measure, Metric
 @gin.configurable
 def accuracy() -> Metric:
     """The fraction of labels with the highest logit; of equal logits the first counts as highest."""
-    return lambda logits, batch: _measure(logits.argmax(-1) == batch["y"])
+    # Not by argmax, which XLA does not vectorise: it keeps an index beside each value.
+    return top_k(1)
 
 
 @gin.configurable
@@ -33,8 +34,7 @@ def top_k(k: int = 5) -> Metric:
         raise UserError(f"top_k.k must be at least 1, got {k}")
 
     def metric(logits: jax.Array, batch: Features) -> Measure:
-        label = batch["y"][..., None]
-        own = jnp.take_along_axis(logits, label, axis=-1)
+        label, own = batch["y"][..., None], _of_label(logits, batch)[..., None]
         earlier = jnp.arange(logits.shape[-1]) < label
         ahead = ~(logits <= own) | ((logits == own) & earlier)
         return _measure(ahead.sum(-1) < k)
@@ -48,12 +48,16 @@ def cross_entropy() -> Metric:
 
     def metric(logits: jax.Array, batch: Features) -> Measure:
         logits = logits.astype(jnp.float32)
-        # Not a gather: its gradient, a scatter, costs as much as all else in a logistic regression.
-        is_label = jnp.arange(logits.shape[-1]) == batch["y"][..., None]
-        own = jnp.where(is_label, logits, 0).sum(-1)
-        return _measure(jax.nn.logsumexp(logits, axis=-1) - own)
+        return _measure(jax.nn.logsumexp(logits, axis=-1) - _of_label(logits, batch))
 
     return metric
+
+
+def _of_label(logits: jax.Array, batch: Features) -> jax.Array:
+    """Each label's own logit."""
+    # Not a gather: its gradient, a scatter, costs as much as all else in a logistic regression.
+    is_label = jnp.arange(logits.shape[-1]) == batch["y"][..., None]
+    return jnp.where(is_label, logits, 0).sum(-1)
 
 
 def _measure(values: jax.Array) -> Measure:

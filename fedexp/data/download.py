@@ -16,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import filelock
 from absl import logging
@@ -119,13 +119,23 @@ def extracted(archive: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="extract-", dir=cache_dir()) as folder:
         try:
             with tarfile.open(archive) as tar:
-                tar.extractall(folder, filter="data")
+                # As an attribute: Python has known the argument `filter` since 3.11.4 only.
+                tar.extraction_filter = getattr(tarfile, "data_filter", None)
+                tar.extractall(folder, _plain_members(tar))
         except (OSError, EOFError, tarfile.TarError) as error:
             raise UserError(
                 f"cannot extract {archive}: {error}; free disk space, or delete it to download it "
                 "again"
             ) from error
         yield Path(folder)
+
+
+def _plain_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    for member in tar:
+        path = PurePosixPath(member.name)
+        if path.is_absolute() or ".." in path.parts or not (member.isfile() or member.isdir()):
+            raise tarfile.TarError(f"{member.name} is no file or leads out of the folder")
+        yield member
 
 
 def local_file(path: str | os.PathLike[str]) -> Path:

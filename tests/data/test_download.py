@@ -247,6 +247,27 @@ def test_extracted_is_temporary(tmp_path, cache):
     assert not folder.exists()
 
 
+def test_extracted_refuses_links(tmp_path, cache):
+    archive = tmp_path / "a.tar"
+    with tarfile.open(archive, "w") as tar:
+        link = tarfile.TarInfo("here")
+        link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path)
+        tar.addfile(link)
+        below = tarfile.TarInfo("here/escaped")
+        tar.addfile(below, io.BytesIO())
+    with pytest.raises(UserError, match="here is no file"), download.extracted(archive):
+        pass
+    assert not (tmp_path / "escaped").exists()
+
+
+@pytest.mark.parametrize("name", ["/escaped", "sub/../../escaped"])
+def test_extracted_checks_names_itself(tmp_path, cache, monkeypatch, name):
+    monkeypatch.delattr(tarfile, "data_filter", raising=False)  # As before Python 3.11.4.
+    archive = _archive(tmp_path / "a.tar.bz2", {name: b"!"})
+    with pytest.raises(UserError, match="escaped is no file or leads"), download.extracted(archive):
+        pass
+
+
 def test_extracted_refuses_to_leave_its_folder(tmp_path, cache):
     archive = _archive(tmp_path / "a.tar.bz2", {"../../escaped": b"!"})
     with pytest.raises(UserError, match="cannot extract"), download.extracted(archive):

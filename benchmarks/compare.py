@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.machine import machine, spread
+from benchmarks.machine import machine, processor, spread
 from benchmarks.peers import workloads
 from benchmarks.peers.process import Library, Peer, PeerError
 from benchmarks.peers.protocol import Job
@@ -395,7 +395,7 @@ def remarks(report: Figures) -> list[str]:
     """What the table leaves out: data, versions, missing and failed libraries, agreement."""
     host = report["machine"]
     lines = [
-        f"{host['cpu']}, {host['vectors']}, {host['cores']} cores, {host['memory_gib']} GiB, load "
+        f"{processor(host)}, {host['cores']} cores, {host['memory_gib']} GiB, load "
         f"{host['load_before']}; seed {report['seed']}"
     ]
     if host["load_before"] > host["cores"] / 4:

@@ -51,13 +51,17 @@ def devices(count: int | None = None) -> str:
     return f"{count or len(found)} x {found[0].device_kind}"
 
 
+def processor(about: dict[str, Any]) -> str:
+    """The CPU that `machine` found, as 'AMD EPYC with AVX-512'; older files do not tell the latter."""
+    return f"{about['cpu']} with {about['vectors']}" if about.get("vectors") else about["cpu"]
+
+
 def sentence(about: dict[str, Any]) -> str:
     """What `machine` found, for a reader."""
     names = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     busy = about["load_before"] > about["cores"] / 4
-    vectors = f" with {about['vectors']}" if about.get("vectors") else ""
     return (
-        f"{about['cpu']}{vectors}, {about['cores']} cores, {about['memory_gib']:.0f} GiB of memory, "
+        f"{processor(about)}, {about['cores']} cores, {about['memory_gib']:.0f} GiB of memory, "
         f"{about['system']}; {names}; load {about['load_before']} before"
         + ("; the machine was BUSY with other work, so these figures are too high" if busy else "")
     )

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent.parent
 LAST_LINES = 3
+COMPILATION_CACHE = ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE")
 
 
 class Library(NamedTuple):
@@ -111,7 +112,7 @@ def _environment(
     shared = {
         name: value
         for name, value in environment.items()
-        if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "JAX_COMPILATION_CACHE_DIR")
+        if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", *COMPILATION_CACHE)
     }
     shared.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # Peers share a GPU's memory.
     if cache is None:

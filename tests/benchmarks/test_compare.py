@@ -113,9 +113,10 @@ def test_a_peer_that_fails_says_why(tmp_path):
         peer.ask(do="set_up", folder=str(tmp_path))
 
 
-def test_a_second_launch_finds_what_the_first_one_kept(tmp_path):
+def test_a_second_launch_finds_what_the_first_one_kept(tmp_path, monkeypatch):
     from benchmarks.peers import process
 
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
     log = tmp_path / "log"
     keeping = f"""
 import os

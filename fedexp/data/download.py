@@ -1,4 +1,4 @@
-"""The cache folder, and downloads into it, from the web and from buckets."""
+"""Downloads into the cache folder, from the web and from buckets."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
-import filelock
 from absl import logging
 
-from fedexp import paths
+from fedexp import cache, paths
 from fedexp.errors import UserError
 
 Report = Callable[[int, int | None], None]
@@ -30,42 +29,6 @@ _RETRY_DELAYS_S = (0.5, 1.0, 2.0, 4.0)
 _TIMEOUT_S = 30.0
 _CHUNK_BYTES = 1 << 18
 _RETRIABLE_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
-
-
-def cache_dir() -> Path:
-    """The folder that holds downloads and packed data sets, created if need be.
-
-    It is the environment variable FEDEXP_CACHE, or else ~/.cache/fedexp.
-
-    Raises:
-      UserError: the folder cannot be created or written to.
-    """
-    name = os.environ.get("FEDEXP_CACHE") or "~/.cache/fedexp"
-    way_out = "set the environment variable FEDEXP_CACHE to a folder that can be written"
-    try:
-        path = Path(name).expanduser().absolute()
-        path.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot create the cache folder {name}: {error}; {way_out}") from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise UserError(f"the cache folder {path} is read-only; {way_out}")
-    return path
-
-
-@contextlib.contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Holds `path` against other processes that lock it too, waiting for them if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file_lock = filelock.FileLock(path.with_name(f".{path.name}.lock"))
-    try:
-        file_lock.acquire(timeout=0)
-    except filelock.Timeout:
-        logging.info("waiting for another process that is preparing %s", path)
-        file_lock.acquire()
-    try:
-        yield
-    finally:
-        file_lock.release()
 
 
 def download(url: str, name: str, *, sha256: str) -> Path:
@@ -77,7 +40,7 @@ def download(url: str, name: str, *, sha256: str) -> Path:
 
     Args:
       url: where the file is published.
-      name: path of the file relative to `cache_dir()`.
+      name: path of the file relative to `cache.folder()`.
       sha256: the file's SHA-256 checksum, 64 hexadecimal digits.
 
     Returns:
@@ -87,8 +50,8 @@ def download(url: str, name: str, *, sha256: str) -> Path:
       UserError: the file cannot be fetched (offline, HTTP error, disk full) or is not the expected
         one. The message says which file to fetch by hand, and where to put it.
     """
-    target = cache_dir() / name
-    with lock(target):
+    target = cache.folder() / name
+    with cache.lock(target):
         if target.exists():
             if (found := _sha256(target)) != sha256:
                 raise UserError(
@@ -116,7 +79,7 @@ def extracted(archive: Path) -> Iterator[Path]:
     Raises:
       UserError: a damaged archive, one that reaches outside its folder, or a full disk.
     """
-    with tempfile.TemporaryDirectory(prefix="extract-", dir=cache_dir()) as folder:
+    with tempfile.TemporaryDirectory(prefix="extract-", dir=cache.folder()) as folder:
         try:
             with tarfile.open(archive) as tar:
                 # As an attribute: Python has known the argument `filter` since 3.11.4 only.
@@ -166,14 +129,14 @@ def local_folder(folder: str | os.PathLike[str], *patterns: str) -> Path:
     def is_wanted(name: str) -> bool:
         return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
-    copies = cache_dir() / "buckets" / url.replace("://", "/")
+    copies = cache.folder() / "buckets" / url.replace("://", "/")
     try:
         versions = paths.versions(url)
         wanted = {name: version for name, version in versions.items() if is_wanted(name)}
         if not wanted:
             listing = ", ".join(sorted(versions)[:10]) or "nothing"
             raise UserError(f"expected {' and '.join(patterns)} in {url}, found {listing}")
-        with lock(copies):
+        with cache.lock(copies):
             for path in copies.glob("*"):
                 if path.is_file() and is_wanted(path.name) and path.name not in wanted:
                     path.unlink()

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from fedexp.data import download
+from fedexp import cache
 from fedexp.data.dataset import FederatedDataset, FederatedSplits
 from fedexp.errors import UserError
 
@@ -127,13 +127,13 @@ def location(name: str, key: Mapping[str, object]) -> Path:
     """The folder in the cache for this name and key; see `load_or_build`."""
     text = json.dumps([_FORMAT, key], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return download.cache_dir() / "packed" / f"{name}-{digest}"
+    return cache.folder() / "packed" / f"{name}-{digest}"
 
 
 def make_once(directory: Path, make: Callable[[], None]) -> None:
     """Calls `make` unless `directory` exists; other processes that ask for it wait meanwhile."""
     if not directory.exists():
-        with download.lock(directory):
+        with cache.lock(directory):
             if not directory.exists():
                 logging.info("preparing %s once", directory)
                 make()

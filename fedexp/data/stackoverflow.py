@@ -13,6 +13,7 @@ from typing import Literal
 import gin
 import numpy as np
 
+from fedexp import cache
 from fedexp.data import conversion, download, packed, tff_hdf5
 from fedexp.data.dataset import Examples, FederatedDataset, FederatedSplits
 from fedexp.data.vocabulary import Vocabulary, fill_rows, read_tag_counts, read_word_counts
@@ -251,9 +252,9 @@ class _Files:
         """A published file, downloaded and extracted if need be."""
         if self._folder is not None:
             return self._folder / name
-        path = download.cache_dir() / "stackoverflow" / name
+        path = cache.folder() / "stackoverflow" / name
         if not path.exists():
-            with download.lock(path.parent):
+            with cache.lock(path.parent):
                 if not path.exists():
                     _extract(*_PUBLISHED[name], path.parent)
         return path

@@ -3,7 +3,6 @@
 import hashlib
 import http.server
 import io
-import os
 import re
 import subprocess
 import sys
@@ -209,24 +208,6 @@ def test_a_progress_bar_in_a_terminal(server, capfd, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     _get(server)
     assert "data.bin" in capfd.readouterr().err
-
-
-def test_cache_dir_defaults_to_the_home_folder(tmp_path, monkeypatch):
-    monkeypatch.delenv("FEDEXP_CACHE")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert download.cache_dir() == tmp_path / ".cache" / "fedexp"
-    assert download.cache_dir().is_dir()
-
-
-def test_a_cache_dir_that_cannot_be_made_or_written(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("FEDEXP_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(UserError, match=r"cannot create .*file/cache.*FEDEXP_CACHE"):
-        download.cache_dir()
-    monkeypatch.setenv("FEDEXP_CACHE", str(tmp_path))
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # As root, modes do not bind.
-    with pytest.raises(UserError, match=r"read-only.*FEDEXP_CACHE"):
-        download.cache_dir()
 
 
 def _archive(path: Path, members: dict[str, bytes]) -> Path:

@@ -1,0 +1,49 @@
+"""The cache folder, which every process of this machine shares, and locks on what is in it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+from absl import logging
+
+from fedexp.errors import UserError
+
+
+def folder() -> Path:
+    """The folder of downloads, packed data sets and compiled programs, created if need be.
+
+    It is the environment variable FEDEXP_CACHE, or else ~/.cache/fedexp.
+
+    Raises:
+      UserError: the folder cannot be created or written to.
+    """
+    name = os.environ.get("FEDEXP_CACHE") or "~/.cache/fedexp"
+    way_out = "set the environment variable FEDEXP_CACHE to a folder that can be written"
+    try:
+        path = Path(name).expanduser().absolute()
+        path.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot create the cache folder {name}: {error}; {way_out}") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"the cache folder {path} is read-only; {way_out}")
+    return path
+
+
+@contextlib.contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Holds `path` against other processes that lock it too, waiting for them if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file_lock = filelock.FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        file_lock.acquire(timeout=0)
+    except filelock.Timeout:
+        logging.info("waiting for another process that is preparing %s", path)
+        file_lock.acquire()
+    try:
+        yield
+    finally:
+        file_lock.release()

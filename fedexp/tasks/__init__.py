@@ -8,6 +8,7 @@ from fedexp.tasks.base import Metric as Metric
 from fedexp.tasks.base import Task as Task
 from fedexp.tasks.base import add_by_segment as add_by_segment
 from fedexp.tasks.base import confusion_counts as confusion_counts
+from fedexp.tasks.base import gradient as gradient
 from fedexp.tasks.base import masked_sums as masked_sums
 from fedexp.tasks.base import mean_loss as mean_loss
 from fedexp.tasks.base import measures as measures
@@ -20,4 +21,7 @@ from fedexp.tasks.metrics import accuracy as accuracy
 from fedexp.tasks.metrics import cross_entropy as cross_entropy
 from fedexp.tasks.metrics import top_k as top_k
 from fedexp.tasks.reconstruction import reconstruction as reconstruction
+from fedexp.tasks.statistics import carrying_statistics as carrying_statistics
+from fedexp.tasks.statistics import join_statistics as join_statistics
+from fedexp.tasks.statistics import split_statistics as split_statistics
 from fedexp.tasks.tags import tag_prediction as tag_prediction

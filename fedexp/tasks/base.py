@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedexp.data.dataset import FederatedDataset
+from fedexp.data.dataset import Batch, FederatedDataset
 from fedexp.errors import UserError
+from fedexp.tasks.statistics import join_statistics, split_statistics
 
 PyTree = Any
 Features = Mapping[str, jax.Array]
@@ -56,6 +57,9 @@ class Task:
         confusion matrix to draw.
       images: batch -> uint8 (B, H, W) or (B, H, W, C) to look at, or None if it has no pictures.
       check: raises UserError for a data set that does not fit, in milliseconds and on the host.
+      apply_and_update: (params, batch, mask, key) -> (outputs, statistics), needed where params hold
+        statistics besides what is trained (see `statistics`): like apply, with the collections as they
+        are after the batch's examples with mask (B,) True.
 
     Raises:
       UserError: a metric called 'loss', or two of the same name.
@@ -72,6 +76,10 @@ class Task:
     predict: Callable[[Any, Features], tuple[jax.Array, jax.Array]] | None = None
     images: Callable[[Features], np.ndarray | None] | None = None
     check: Callable[[FederatedDataset], None] = lambda dataset: None
+    apply_and_update: (
+        Callable[[PyTree, Features, jax.Array, jax.Array | None], tuple[Any, dict[str, PyTree]]]
+        | None
+    ) = None
 
     def __post_init__(self) -> None:
         if "loss" in {*self.metrics, *self.derived}:
@@ -112,12 +120,64 @@ def mean_loss(
     Returns:
       The scalar loss, and the batch's sums of the loss and all metrics.
     """
-    outputs = task.apply(params, batch, key)
-    sums = {
-        name: masked_sums(measure, mask) for name, measure in measures(task, outputs, batch).items()
-    }
+    loss, (sums, _) = _loss(task, params, Batch(batch, mask), key)
+    return loss, sums
+
+
+def gradient(
+    task: Task, params: PyTree, batch: Batch, key: jax.Array | None
+) -> tuple[PyTree, dict[str, Measure]]:
+    """What a local step takes for its gradient: that of `mean_loss`, statistics included.
+
+    Instead of a derivative, statistics get their old values minus those after the batch: SGD(1.0), to
+    which `carrying_statistics` leaves them, turns that into the new ones (but for rounding).
+
+    Args:
+      task: the task.
+      params: the model's parameters.
+      batch: examples and mask of B rows.
+      key: a PRNG key for training, None for evaluation.
+
+    Returns:
+      A tree like params, and the batch's sums of the loss and all metrics.
+    """
+    trained, old = split_statistics(params)
+
+    def loss(trained: PyTree) -> tuple[jax.Array, tuple[dict[str, Measure], dict[str, PyTree]]]:
+        return _loss(task, join_statistics(trained, old), batch, key)
+
+    grads, (sums, new) = jax.grad(loss, has_aux=True)(trained)
+    return join_statistics(grads, jax.tree.map(jnp.subtract, old, new)), sums
+
+
+def _loss(
+    task: Task, params: PyTree, batch: Batch, key: jax.Array | None
+) -> tuple[jax.Array, tuple[dict[str, Measure], dict[str, PyTree]]]:
+    """The loss, the batch's sums, and the statistics after it."""
+    examples, mask = batch
+    outputs, statistics = _apply(task, params, examples, mask, key)
+    measured = measures(task, outputs, examples)
+    sums = {name: masked_sums(measure, mask) for name, measure in measured.items()}
     values, weights = sums["loss"]
-    return (values if task.sum_loss else values / jnp.where(weights > 0, weights, 1)), sums
+    loss = values if task.sum_loss else values / jnp.where(weights > 0, weights, 1)
+    return loss, (sums, statistics)
+
+
+def _apply(
+    task: Task, params: PyTree, examples: Features, mask: jax.Array, key: jax.Array | None
+) -> tuple[Any, dict[str, PyTree]]:
+    _, old = split_statistics(params)
+    if not old:
+        return task.apply(params, examples, key), old
+    if task.apply_and_update is None:
+        raise UserError(
+            f"the parameters hold {', '.join(sorted(old))} besides 'params', which needs a task with "
+            "apply_and_update"
+        )
+    # Of a batch of padding alone the model sees all rows, whose mean is no 0 / 0, for nothing.
+    some = mask.any()
+    outputs, new = task.apply_and_update(params, examples, mask | ~some, key)
+    return outputs, jax.tree.map(lambda new, old: jnp.where(some, new, old), new, old)
 
 
 def masked_sums(measure: Measure, mask: jax.Array) -> Measure:

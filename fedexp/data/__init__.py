@@ -28,3 +28,4 @@ from fedexp.data.stackoverflow_synthetic import (
 )
 from fedexp.data.tfrecord import tfrecord as tfrecord
 from fedexp.data.tfrecord import write_tfrecord as write_tfrecord
+from fedexp.data.validation import split_validation as split_validation

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -144,6 +146,42 @@ class FederatedDataset:
     def clients_of(self, rows: np.ndarray) -> np.ndarray:
         """Index of the client that owns each of the given rows, int32 in the shape of `rows`."""
         return (np.searchsorted(self.offsets, rows, side="right") - 1).astype(np.int32)
+
+    def rows_of(self, client_ids: Sequence[str] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the clients of another data set, or of a list, have their rows in this one.
+
+        Args:
+          client_ids: (n,) str, in any order.
+
+        Returns:
+          (first row, number of rows), each (n,) int64; (0, 0) for a client that is not here.
+        """
+        wanted = np.asarray(client_ids, np.str_)
+        if np.array_equal(wanted, self.client_ids):
+            return self.offsets[:-1], self.client_sizes
+        place = np.searchsorted(self.client_ids, wanted, sorter=self._ascending)
+        index = self._ascending[np.minimum(place, self.num_clients - 1)]
+        here = self.client_ids[index] == wanted
+        return np.where(here, self.offsets[index], 0), np.where(here, self.client_sizes[index], 0)
+
+    @functools.cached_property
+    def _ascending(self) -> np.ndarray:
+        """Indices of the clients in ascending order of their ids, (num_clients,) int64."""
+        return np.argsort(self.client_ids, kind="stable")
+
+    def fingerprint(self) -> str:
+        """Tells this data set from others: 32 hexadecimal digits, the same in every process.
+
+        They depend on who the clients are, how many examples each has, and the features' names, dtypes
+        and shapes; not on the values, which it does not read.
+        """
+        layout = [[name, a.dtype.str, a.shape[1:]] for name, a in self.features.items()]
+        digest = hashlib.blake2b(json.dumps(layout).encode(), digest_size=16)
+        digest.update(self.offsets.astype("<i8").tobytes())
+        # A selection of clients may have them in wider strings than they need.
+        width = np.strings.str_len(self.client_ids).max()
+        digest.update(self.client_ids.astype(f"<U{width}").tobytes())
+        return digest.hexdigest()
 
     def client(self, index: int) -> Examples:
         """The examples of client `index`, as views of the features."""
@@ -303,13 +341,22 @@ class Batch(NamedTuple):
 
 
 class FederatedSplits(NamedTuple):
-    """What a data set function returns: the training and the test partition.
+    """What a data set function returns: its partitions, which may have different clients.
 
-    The partitions may have different clients.
+    Attributes:
+      train: what clients train on.
+      test: what results are measured on.
+      validation: what choices are made on, such as that of the best checkpoint; see
+        `fedexp.data.split_validation`.
     """
 
     train: FederatedDataset
     test: FederatedDataset
+    validation: FederatedDataset | None = None
+
+    def present(self) -> dict[str, FederatedDataset]:
+        """The partitions that there are, by name."""
+        return {name: split for name, split in self._asdict().items() if split is not None}
 
 
 def _offsets(sizes: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -6,7 +6,8 @@ What is slow to read or to generate is built once and packed into the cache:
 
 What does not fit in memory is packed by `fedexp.data.conversion`, in the same form: a folder with an .npy
 file for each feature, offsets.npy, client_ids.npy, and index.json, which names the features and has
-the size and the SHA-256 checksum of every file. Splits are a folder of two such folders.
+the size and the SHA-256 checksum of every file. Splits are a folder of two such folders, or of
+three where there is a validation partition.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def write(directory: Path, splits: FederatedSplits) -> None:
     """
     if directory.exists():
         raise UserError(f"{directory} exists already; delete it to write it anew")
-    for split, dataset in splits._asdict().items():
+    for split, dataset in splits.present().items():
         for name, array in dataset.features.items():
             if array.dtype.hasobject:
                 raise UserError(f"feature {name!r} of {split!r} holds Python objects; encode it")
@@ -50,7 +51,7 @@ def write(directory: Path, splits: FederatedSplits) -> None:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".packing-", dir=directory.parent) as scratch:
             folder = Path(scratch) / directory.name
-            for split, dataset in splits._asdict().items():
+            for split, dataset in splits.present().items():
                 (folder / split).mkdir(parents=True)
                 for i, array in enumerate(dataset.features.values()):
                     np.save(folder / split / feature_file(i), array)
@@ -65,7 +66,7 @@ def read(directory: Path) -> FederatedSplits:
       UserError: the folder is missing, incomplete or damaged.
     """
     with _complete(directory):
-        return FederatedSplits(*(_open(directory / split) for split in FederatedSplits._fields))
+        return FederatedSplits(**{split: _open(directory / split) for split in _parts(directory)})
 
 
 def read_dataset(directory: Path) -> FederatedDataset:
@@ -89,7 +90,7 @@ def verify(directory: Path) -> None:
     with _complete(directory):
         folders = [directory]
         if not (directory / _INDEX).exists():
-            folders = [directory / split for split in FederatedSplits._fields]
+            folders = [directory / split for split in _parts(directory)]
         for folder in folders:
             for name, expected in _index(folder)["files"].items():
                 if (found := _sha256(folder / name)) != expected["sha256"]:
@@ -187,6 +188,15 @@ def _complete(directory: Path) -> Iterator[None]:
             f"{directory} is not a complete packed data set ({error}); delete the folder, then "
             "it is built again"
         ) from error
+
+
+def _parts(directory: Path) -> list[str]:
+    """The partitions of splits; whether there is one for validation, its folder tells."""
+    return [
+        split
+        for split in FederatedSplits._fields
+        if split not in FederatedSplits._field_defaults or (directory / split).exists()
+    ]
 
 
 def _index(folder: Path) -> dict:

@@ -38,7 +38,7 @@ def write(folder: Path, images: np.ndarray = IMAGES, labels: np.ndarray = LABELS
 
 
 def test_images_and_fine_labels_by_client(tmp_path):
-    train, test = cifar100(write(tmp_path / "d"))
+    train, test, _ = cifar100(write(tmp_path / "d"))
     assert train.client_ids.tolist() == ["10", "2"]
     assert test.client_ids.tolist() == ["2"]
     assert set(train.features) == {"x", "y"}

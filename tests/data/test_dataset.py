@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from fedexp.data.dataset import FederatedDataset
+from fedexp.data.dataset import FederatedDataset, FederatedSplits
 from fedexp.errors import UserError
 
 Clients = dict[str, dict[str, np.ndarray]]
@@ -304,3 +304,60 @@ def test_prefetch_asks_for_the_pages_of_the_clients():
     memory.advice.clear()
     FederatedDataset({"x": mapped[:, ::2]}, dataset.offsets, ids).prefetch([0])
     assert memory.advice == []
+
+
+@hypothesis.given(clients_strategy(), st.randoms())
+def test_rows_of_clients_of_another_data_set(clients, random):
+    dataset = FederatedDataset.from_clients(clients)
+    for wanted in (
+        list(clients),
+        random.sample([*clients, "of another", "zzzzzzzzzz"], random.randint(0, len(clients))),
+        [*clients, *clients, "of another", ""],
+    ):
+        starts, sizes = dataset.rows_of(wanted)
+        assert starts.dtype == sizes.dtype == np.int64
+        assert starts.shape == sizes.shape == (len(wanted),)
+        for client_id, start, size in zip(wanted, starts, sizes, strict=True):
+            if client_id not in clients:
+                assert (start, size) == (0, 0)
+                continue
+            np.testing.assert_array_equal(
+                dataset.slice(start, start + size)["x"], clients[client_id]["x"]
+            )
+
+
+def _small(x=((0.0,), (1.0,), (2.0,)), ids=("a", "b"), offsets=(0, 1, 3), name="x"):
+    return FederatedDataset({name: np.array(x, np.float32)}, offsets, np.array(ids))
+
+
+def test_fingerprint_is_of_clients_and_layout():
+    found = _small().fingerprint()
+    assert (
+        found == "e75f07b0da340b9d345ca3873842755c"
+    )  # Also in another process, and in later versions.
+    assert found == _small(x=((5.0,), (6.0,), (7.0,))).fingerprint()
+    others = [
+        _small(ids=("a", "c")),
+        _small(ids=("b", "a")),
+        _small(offsets=(0, 2, 3)),
+        _small(name="y"),
+        _small(x=((0.0, 0.0), (1.0, 0.0), (2.0, 0.0))),
+        FederatedDataset({"x": np.zeros((3, 1))}, [0, 1, 3], np.array(["a", "b"])),
+    ]
+    assert len({found, *(other.fingerprint() for other in others)}) == 7
+
+
+def test_fingerprint_of_a_selection_is_that_of_the_same_clients():
+    dataset = _small(
+        x=((0.0,), (1.0,), (2.0,), (3.0,)), ids=("a", "b", "of a long name"), offsets=(0, 1, 3, 4)
+    )
+    selection = dataset.select_clients([0, 1])
+    assert selection.client_ids.dtype != _small().client_ids.dtype
+    assert selection.fingerprint() == _small().fingerprint()
+
+
+def test_partitions_that_are_there():
+    splits = FederatedSplits(_small(), _small(name="y"))
+    assert splits.validation is None
+    assert list(splits.present()) == ["train", "test"]
+    assert list(splits._replace(validation=_small()).present()) == ["train", "test", "validation"]

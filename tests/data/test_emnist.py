@@ -36,7 +36,7 @@ def test_pixels_survive_the_way_to_uint8_and_back(tmp_path):
     levels = np.resize(np.arange(256, dtype=np.uint8), (2, 28, 28))
     labels = np.array([61, 36], np.int32)
     _write(tmp_path / "d", "fed_emnist", levels.astype(np.float32) / np.float32(255), labels)
-    train, test = emnist(data_dir=str(tmp_path / "d"))
+    train, test, _ = emnist(data_dir=str(tmp_path / "d"))
     for dataset in (train, test):
         assert dataset.client_ids.tolist() == ["f0", "f1"]
         assert dataset.features["x"].dtype == np.uint8
@@ -50,7 +50,7 @@ def test_pixels_are_rounded_to_the_nearest_level(tmp_path):
     pixels = np.full((1, 28, 28), 10.6 / 255, np.float32)
     pixels[0, :14] = 10.4 / 255
     _write(tmp_path / "d", "fed_emnist", pixels, np.zeros(1, np.int32))
-    train, _ = emnist(data_dir=str(tmp_path / "d"))
+    train, *_ = emnist(data_dir=str(tmp_path / "d"))
     assert (train.client(0)["x"][0, :14] == 10).all()
     assert (train.client(0)["x"][0, 14:] == 11).all()
 
@@ -91,13 +91,13 @@ def test_drop_empty(tmp_path):
     _write(tmp_path / "d", "fed_emnist", *empty)
     with pytest.raises(UserError, match=r"'f0' has no examples .*drop_empty=True"):
         emnist(data_dir=str(tmp_path / "d"))
-    train, _ = emnist(data_dir=str(tmp_path / "d"), drop_empty=True)
+    train, *_ = emnist(data_dir=str(tmp_path / "d"), drop_empty=True)
     assert train.client_ids.tolist() == ["f1"]
 
 
 @needs_data
 def test_real_writers():
-    train, test = emnist(only_digits=True, data_dir=str(DATA))
+    train, test, _ = emnist(only_digits=True, data_dir=str(DATA))
     assert (train.num_clients, train.num_examples, test.num_examples) == (297, 8122, 1878)
     assert train.client_ids.tolist() == sorted(train.client_ids)
     assert test.client_ids.tolist() == train.client_ids.tolist()

@@ -45,7 +45,7 @@ def assert_same(a, b):
 
 
 def test_features_are_as_emnist_publishes_them(splits):
-    for dataset in splits:
+    for dataset in splits.present().values():
         x, y = dataset.features["x"], dataset.features["y"]
         assert x.shape == (dataset.num_examples, 28, 28) and x.dtype == np.uint8
         assert y.shape == (dataset.num_examples,) and y.dtype == np.int32
@@ -83,7 +83,7 @@ def test_same_arguments_same_bytes_another_seed_other_bytes(splits, cache):
 
 def test_a_writer_does_not_depend_on_the_number_of_writers(splits):
     fewer = glyphs.glyphs(5)
-    for few, many in zip(fewer, splits, strict=True):
+    for few, many in zip(fewer[:2], splits[:2], strict=True):
         assert_same(few, many.select_clients(range(5)))
 
 
@@ -97,7 +97,7 @@ def test_sizes_follow_the_published_statistics():
 
 
 def test_sizes_are_those_of_the_data_set(splits):
-    for dataset, sizes in zip(splits, glyphs.example_counts(NUM_WRITERS), strict=True):
+    for dataset, sizes in zip(splits[:2], glyphs.example_counts(NUM_WRITERS), strict=True):
         np.testing.assert_array_equal(dataset.client_sizes, sizes)
 
 

@@ -53,7 +53,7 @@ def _read(tmp_path, *shards, features=FEATURES, **options):
 
 def test_reads_users_of_all_shards(tmp_path):
     shards = _shard(c=2, a=3), _shard(b=1) | {"hierarchies": [None]}
-    train, test = _read(tmp_path, *shards)
+    train, test, _ = _read(tmp_path, *shards)
     assert train.client_ids.tolist() == ["a", "b", "c"]
     assert train.client_sizes.tolist() == [3, 1, 2]
     assert test.client_ids.tolist() == ["t"]

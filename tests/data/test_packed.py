@@ -35,7 +35,8 @@ def _splits(seed: int = 0) -> FederatedSplits:
 
 
 def _assert_equal(found: FederatedSplits, expected: FederatedSplits) -> None:
-    for a, b in zip(found, expected, strict=True):
+    assert list(found.present()) == list(expected.present())
+    for a, b in zip(found.present().values(), expected.present().values(), strict=True):
         assert list(a.features) == list(b.features)
         for name in b.features:
             assert a.features[name].dtype == b.features[name].dtype
@@ -139,6 +140,17 @@ def test_reads_a_single_data_set(tmp_path):
         ),
         _splits(),
     )
+
+
+def test_a_validation_partition_comes_back(tmp_path):
+    splits = _splits()._replace(validation=_splits(1).test)
+    packed.write(tmp_path / "a", splits)
+    _assert_equal(packed.read(tmp_path / "a"), splits)
+    packed.verify(tmp_path / "a")
+    (tmp_path / "a" / "validation" / "offsets.npy").write_bytes(b"")
+    for check in (packed.read, packed.verify):
+        with pytest.raises(UserError, match=r"validation/offsets.npy has 0 bytes"):
+            check(tmp_path / "a")
 
 
 def test_load_or_build_builds_once_per_key(cache):

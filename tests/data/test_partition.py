@@ -174,7 +174,7 @@ def test_arrays_splits_every_client_or_reads_a_second_file(tmp_path):
     splits = partition.arrays(path, partition.iid(10), test_fraction=0.25)
     assert splits.train.client_sizes.tolist() == [15] * 10
     assert splits.test.client_sizes.tolist() == [5] * 10
-    both = np.concatenate([split.features["x"] for split in splits])
+    both = np.concatenate([split.features["x"] for split in splits.present().values()])
     np.testing.assert_array_equal(np.sort(both), np.arange(200))
     arguments = {"test_path": str(tmp_path / "test.npz"), "test_partition": partition.iid(5)}
     splits = partition.arrays(path, partition.iid(10), **arguments)

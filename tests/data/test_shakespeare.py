@@ -50,7 +50,7 @@ def test_the_published_ids():
 def test_sequences_worked_out_by_hand(tmp_path):
     # d, h, l, p, t, x are the first six characters; 0xc3 is in no vocabulary.
     folder = _write(tmp_path / "d", {"A": [b"dh", b"dhlptx", b""], "B": [b"\xc3x", b"lptd"]})
-    train, test = shakespeare(data_dir=folder, sequence_length=3)
+    train, test, _ = shakespeare(data_dir=folder, sequence_length=3)
     for dataset in (train, test):
         assert list(dataset.features) == ["tokens"]
         assert dataset.features["tokens"].dtype == np.uint8
@@ -92,7 +92,7 @@ def test_drop_empty(tmp_path):
     folder = _write(tmp_path / "d", {"A": [], "B": [b"dh"]})
     with pytest.raises(UserError, match=r"client 'A' has no examples .*drop_empty=True"):
         shakespeare(data_dir=folder)
-    train, _ = shakespeare(data_dir=folder, drop_empty=True)
+    train, *_ = shakespeare(data_dir=folder, drop_empty=True)
     assert train.client_ids.tolist() == ["B"]
 
 
@@ -104,8 +104,8 @@ def test_missing_files_name_the_archive(tmp_path):
 @needs_data
 def test_real_roles():
     splits = shakespeare(data_dir=str(DATA))
-    assert [split.num_clients for split in splits] == [245, 245]
-    for name, dataset in splits._asdict().items():
+    assert [split.num_clients for split in splits.present().values()] == [245, 245]
+    for name, dataset in splits.present().items():
         tokens = dataset.features["tokens"]
         assert (tokens == OOV).sum() == 0
         with h5py.File(DATA / f"shakespeare_{name}.h5") as file:

@@ -66,7 +66,7 @@ def test_reads_what_fedjax_writes(tmp_path):
     path = _write(tmp_path / "a?#.sqlite", _rows(clients))
     text = lambda rows: np.array([len(row) for row in rows], np.int32)  # noqa: E731
     features = NUMBERS | {"w": ("weight", (), "float16"), "length": ("text", (), "object", text)}
-    train, test = sqlite.fedjax_sqlite(path, path, features)
+    train, test, _ = sqlite.fedjax_sqlite(path, path, features)
     assert train.client_ids.tolist() == ["a", "a\\xf0", "b:1"] == test.client_ids.tolist()
     for examples, expected in zip(
         train.clients(), (clients[b"a"], clients[b"a\xf0"], clients[b"b:1"]), strict=True

@@ -69,7 +69,7 @@ def _tags(folder, **options):
 
 
 def test_next_word_prediction_worked_by_hand(folder):
-    train, test = _nwp(folder)
+    train, test, _ = _nwp(folder)
     assert train.client_ids.tolist() == ["100", "20"]  # In ascending order of the strings.
     assert train.client(0)["tokens"].tolist() == [[5, 3, 6, 0]]
     assert train.client(1)["tokens"].tolist() == [[5, 1, 2, 4], [5, 4, 2, 1]]
@@ -79,7 +79,7 @@ def test_next_word_prediction_worked_by_hand(folder):
 
 
 def test_tag_prediction_worked_by_hand(folder):
-    train, test = _tags(folder)
+    train, test, _ = _tags(folder)
     assert {name: array.dtype.name for name, array in train.features.items()} == {
         "words": "uint16",
         "num_words": "uint16",
@@ -99,14 +99,14 @@ def test_tag_prediction_worked_by_hand(folder):
 
 
 def test_words_beyond_the_width_are_counted(folder):
-    train, _ = _tags(folder, max_words=2)
+    train, *_ = _tags(folder, max_words=2)
     assert train.client(1)["words"].tolist() == [[3, 2], [2, 1]]
     assert train.client(1)["num_words"].tolist() == [5, 4]
 
 
 def test_bags_of_words_are_the_published_ones(folder):
     """Against the definition: the mean of one-hot vectors, the bucket for other words cut off."""
-    train, _ = _tags(folder, max_words=16)
+    train, *_ = _tags(folder, max_words=16)
     vocabulary = ["the", "dog", "a"]
     rows = 0
     for client_id, examples in train.clients():
@@ -166,7 +166,7 @@ def test_conversion_equals_a_plain_loop(clients, length):
             posts = {cid: [(text, "", "") for text in texts] for cid, texts in clients.items()}
             _write_h5(folder / file, posts)
         (folder / "stackoverflow.word_count").write_text("b 2\na 1\n")
-        train, _ = _nwp(folder, vocab_size=2, train_length=length)
+        train, *_ = _nwp(folder, vocab_size=2, train_length=length)
         assert train.client_ids.tolist() == sorted(clients)
         for client_id, examples in train.clients():
             expected = []
@@ -262,7 +262,7 @@ def test_downloads_the_published_archives(folder, cache, tmp_path, monkeypatch):
     monkeypatch.setattr(stackoverflow, "_URL", tmp_path.as_uri() + "/")
     expected = _nwp(folder)
     for _ in range(2):
-        for found, wanted in zip(_nwp(None), expected, strict=True):
+        for found, wanted in zip(_nwp(None)[:2], expected[:2], strict=True):
             np.testing.assert_array_equal(found.features["tokens"], wanted.features["tokens"])
         # The second time nothing is fetched, and what was fetched may be gone.
         monkeypatch.setattr(download, "download", None)

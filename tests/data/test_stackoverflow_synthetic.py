@@ -35,7 +35,7 @@ def normal_cdf(x: float) -> float:
 
 
 def test_rows_are_begin_words_end_padding(splits):
-    for dataset in splits:
+    for dataset in splits.present().values():
         tokens = np.asarray(dataset.features["tokens"])
         assert tokens.dtype == np.uint16 and tokens.shape[1] == LENGTH + 1
         words = (tokens >= 1) & (tokens <= OOV)
@@ -50,7 +50,9 @@ def test_rows_are_begin_words_end_padding(splits):
 
 
 def test_sizes_are_log_normal_with_the_published_means(splits):
-    for dataset, mean in zip(splits, (135_818_730 / 342_477, 16_586_035 / 204_088), strict=True):
+    for dataset, mean in zip(
+        splits[:2], (135_818_730 / 342_477, 16_586_035 / 204_088), strict=True
+    ):
         logs = np.log(dataset.client_sizes)
         assert abs(logs.mean() - (math.log(mean) - 1.1**2 / 2)) < 4 * 1.1 / len(logs) ** 0.5
         assert abs(logs.std() - 1.1) < 0.2
@@ -83,7 +85,7 @@ def test_words_are_zipf_distributed():
 
 def test_a_client_is_the_same_in_any_population(splits):
     few = small(3)
-    for dataset, whole in zip(few, splits, strict=True):
+    for dataset, whole in zip(few[:2], splits[:2], strict=True):
         for client, client_id in enumerate(dataset.client_ids):
             np.testing.assert_array_equal(
                 dataset.client(client)["tokens"],
@@ -94,7 +96,7 @@ def test_a_client_is_the_same_in_any_population(splits):
 def test_seeds_and_clients_and_partitions_differ():
     rows = {}
     for seed in (0, 1):
-        for name, dataset in small(3, seed=seed)._asdict().items():
+        for name, dataset in small(3, seed=seed).present().items():
             for client in range(dataset.num_clients):
                 rows[seed, name, client] = np.asarray(dataset.client(client)["tokens"][:1])
     for one, other in itertools.combinations(rows, 2):
@@ -102,13 +104,13 @@ def test_seeds_and_clients_and_partitions_differ():
 
 
 def test_one_client_is_enough():
-    train, test = small(1)
+    train, test, _ = small(1)
     assert train.num_clients == test.num_clients == 1
 
 
 def test_worker_processes_generate_the_same(splits, tmp_path, monkeypatch):
     monkeypatch.setenv("FEDEXP_CACHE", str(tmp_path))
-    train, _ = stackoverflow_synthetic(2, vocab_size=VOCAB, num_workers=1)
+    train, *_ = stackoverflow_synthetic(2, vocab_size=VOCAB, num_workers=1)
     np.testing.assert_array_equal(
         train.client(1)["tokens"], np.asarray(splits.train.client(1)["tokens"])
     )

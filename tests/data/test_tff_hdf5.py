@@ -194,7 +194,7 @@ def test_load_splits_from_a_folder_packs_once(tmp_path, monkeypatch):
     _write_splits(tmp_path / "data")
     for _ in range(2):
         splits = _load(data_dir=str(tmp_path / "data"))
-        for seed, dataset in enumerate(splits):
+        for seed, dataset in enumerate(splits.present().values()):
             np.testing.assert_array_equal(dataset.client(2)["y"], _clients(seed)["b"]["label"])
             assert isinstance(dataset.features["x"], np.memmap)
         monkeypatch.setattr(tff_hdf5, "read", None)  # The second time, nothing is read.

@@ -255,7 +255,7 @@ TFF = {"x": ("pixels", (2,), "float32"), "y": ("label", (), "int32")}
 def test_reads_what_tff_publishes(tmp_path, monkeypatch):
     path = _write_tff(tmp_path / "a.sqlite", EXAMPLES)
     for _ in range(2):
-        train, test = sqlite.tff_sqlite(path, TFF)
+        train, test, _ = sqlite.tff_sqlite(path, TFF)
         assert train.client_ids.tolist() == ["a", "b"]
         assert train.client_sizes.tolist() == [1, 2]
         assert train.features["x"].tolist() == [[1.0, 2.0], [0.0, 0.5], [4.0, 5.0]]

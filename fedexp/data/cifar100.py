@@ -7,6 +7,7 @@ import numpy as np
 
 from fedexp.data import tff_hdf5
 from fedexp.data.dataset import FederatedSplits
+from fedexp.data.features import Feature
 from fedexp.errors import UserError
 
 # As published in TensorFlow Federated's simulation/datasets/cifar100.py.
@@ -32,8 +33,8 @@ def cifar100(data_dir: str | None = None) -> FederatedSplits:
       UserError: the files are not there, cannot be downloaded, or are not Federated CIFAR-100.
     """
     features = {
-        "x": tff_hdf5.Feature("image", (32, 32, 3), np.uint8),
-        "y": tff_hdf5.Feature("label", (), np.integer, _to_label),
+        "x": Feature("image", (32, 32, 3), np.uint8),
+        "y": Feature("label", (), np.integer, _to_label),
     }
     return tff_hdf5.load_splits(
         "fed_cifar100", features, version=1, sha256=_SHA256, data_dir=data_dir

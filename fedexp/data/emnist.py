@@ -7,6 +7,7 @@ import numpy as np
 
 from fedexp.data import tff_hdf5
 from fedexp.data.dataset import FederatedSplits
+from fedexp.data.features import Feature
 from fedexp.errors import UserError
 
 # As published in TensorFlow Federated's simulation/datasets/emnist.py.
@@ -42,8 +43,8 @@ def emnist(
     name = "fed_emnist_digitsonly" if only_digits else "fed_emnist"
     num_classes = 10 if only_digits else 62
     features = {
-        "x": tff_hdf5.Feature("pixels", (28, 28), np.float32, _to_uint8),
-        "y": tff_hdf5.Feature("label", (), np.integer, lambda rows: _to_label(rows, num_classes)),
+        "x": Feature("pixels", (28, 28), np.float32, _to_uint8),
+        "y": Feature("label", (), np.integer, lambda rows: _to_label(rows, num_classes)),
     }
     return tff_hdf5.load_splits(
         name, features, version=1, sha256=_SHA256[name], data_dir=data_dir, drop_empty=drop_empty

@@ -8,20 +8,41 @@ of `Feature`, its dtype by name:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from fedexp.data import download, packed
 from fedexp.data.dataset import FederatedDataset, FederatedSplits
-from fedexp.data.tff_hdf5 import Feature
 from fedexp.errors import UserError
-
-Features = Mapping[str, Feature | Sequence[object]]
 
 # Part of every cache key: raise it when a reader changes what it returns.
 _VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Feature:
+    """One feature to read.
+
+    Attributes:
+      source: its name in the file.
+      shape: shape of one example in the file.
+      dtype: dtype in the file, or a family as np.integer; object for strings of variable length.
+      convert: maps rows (n, *shape) of one client, or of several, to n rows of the data set, with a
+        dtype and a shape that are the same for every client. It raises UserError for values that cannot
+        be; whatever it raises, the reader adds whose they are.
+    """
+
+    source: str
+    shape: tuple[int, ...]
+    dtype: type
+    convert: Callable[[np.ndarray], np.ndarray] = np.asarray
+
+
+Features = Mapping[str, Feature | Sequence[object]]
 
 
 def parse(features: Features) -> dict[str, Feature]:
@@ -80,10 +101,8 @@ def rows(where: str, feature: Feature, values: np.ndarray) -> np.ndarray:
             f"(examples, {', '.join(map(str, feature.shape))}); correct `features`"
         )
     values = _cast(where, values, feature.dtype)
-    try:
+    with adding(where):
         converted = np.asarray(feature.convert(values))
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
     if converted.shape[:1] != values.shape[:1]:
         raise UserError(
             f"{where}: `convert` made {converted.shape} of {len(values)} rows; it must keep their "
@@ -92,6 +111,34 @@ def rows(where: str, feature: Feature, values: np.ndarray) -> np.ndarray:
     if converted.dtype.hasobject:
         raise UserError(f"{where} holds Python objects; give a `convert` that makes numbers of it")
     return converted
+
+
+@contextlib.contextmanager
+def adding(where: str) -> Iterator[None]:
+    """Around a call of a user's function: says in which file and client it was when it raised.
+
+    A UserError's message begins with that, any other exception goes through with a note.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except Exception as error:
+        error.add_note(f"reading {where}")
+        raise
+
+
+def check_alike(where: str, feature: Feature, found: np.ndarray, first: np.ndarray) -> None:
+    """Whether `convert` makes rows of the same kind for all clients.
+
+    Raises:
+      UserError: it does not.
+    """
+    if (found.dtype, found.shape[1:]) != (first.dtype, first.shape[1:]):
+        raise UserError(
+            f"{where}, feature {feature.source!r}: `convert` made {found.dtype} of shape "
+            f"{found.shape[1:]}, and {first.dtype} of shape {first.shape[1:]} before"
+        )
 
 
 def _cast(where: str, values: np.ndarray, dtype: type) -> np.ndarray:

@@ -12,8 +12,7 @@ import numpy as np
 from fedexp.data import download
 from fedexp.data import features as features_lib
 from fedexp.data.dataset import FederatedDataset, FederatedSplits
-from fedexp.data.features import Features
-from fedexp.data.tff_hdf5 import Feature
+from fedexp.data.features import Feature, Features
 from fedexp.errors import UserError
 
 _LAYOUT = "LEAF's layout is {users: [...], num_samples: [...], user_data: {user: {x, y}}}"

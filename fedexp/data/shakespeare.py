@@ -7,6 +7,7 @@ import numpy as np
 
 from fedexp.data import tff_hdf5
 from fedexp.data.dataset import FederatedDataset, FederatedSplits
+from fedexp.data.features import Feature
 from fedexp.errors import UserError
 
 # The 86 characters in the order of TensorFlow Federated's text generation tutorial.
@@ -56,7 +57,7 @@ def shakespeare(
         )
     return tff_hdf5.load_splits(
         "shakespeare",
-        {"snippets": tff_hdf5.Feature("snippets", (), object)},
+        {"snippets": Feature("snippets", (), object)},
         version=1,
         sha256=_SHA256,
         data_dir=data_dir,

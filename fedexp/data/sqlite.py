@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sqlite3
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import gin
@@ -14,9 +15,10 @@ import numpy as np
 from fedexp.data import features as features_lib
 from fedexp.data import tf_examples
 from fedexp.data.dataset import FederatedDataset, FederatedSplits
-from fedexp.data.features import Features
-from fedexp.data.tff_hdf5 import Feature
+from fedexp.data.features import Feature, Features
 from fedexp.errors import UserError
+
+Query = Callable[..., Iterator[tuple]]
 
 _FEDJAX = "federated_data(client_id, data, num_examples)"
 _TFF = (
@@ -107,21 +109,32 @@ def tff_sqlite(
 
 
 @contextlib.contextmanager
-def _database(path: Path, layout: str) -> Iterator[sqlite3.Connection]:
-    try:
-        address = f"{path.absolute().as_uri()}?mode=ro"
-        with contextlib.closing(sqlite3.connect(address, uri=True)) as database:
-            yield database
-    except sqlite3.Error as error:
-        raise UserError(f"cannot read {path}: {error}; expected the tables {layout}") from error
+def _database(path: Path, layout: str) -> Iterator[Query]:
+    """Yields a function that reads rows; what becomes of them afterwards is not the file's fault."""
+
+    @contextlib.contextmanager
+    def reading() -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise UserError(f"cannot read {path}: {error}; expected the tables {layout}") from error
+
+    def query(statement: str, *values: str) -> Iterator[tuple]:
+        with reading():
+            yield from database.execute(statement, values)
+
+    with reading():
+        database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+    with contextlib.closing(database):
+        yield query
 
 
 def _read_fedjax(
     path: Path, features: Mapping[str, Feature] | None, drop_empty: bool
 ) -> FederatedDataset:
     clients = {}
-    with _database(path, _FEDJAX) as database:
-        for row in database.execute("SELECT client_id, data, num_examples FROM federated_data"):
+    with _database(path, _FEDJAX) as query:
+        for row in query("SELECT client_id, data, num_examples FROM federated_data"):
             client_id = tf_examples.to_id(row[0])
             clients[client_id] = _client(f"{path}: client {client_id!r}", features, *row[1:])
     return features_lib.dataset(path, clients, drop_empty)
@@ -185,14 +198,14 @@ def _array(code: int, data: bytes) -> np.ndarray:
 def _read_tff(
     path: Path, split: str, features: Mapping[str, Feature], drop_empty: bool
 ) -> FederatedDataset:
-    with _database(path, _TFF) as database:
-        _check_split(path, database, split, drop_empty)
-        cursor = database.execute(
+    with _database(path, _TFF) as query:
+        _check_split(path, query, split, drop_empty)
+        rows = query(
             "SELECT client_id, serialized_example_proto FROM examples WHERE split_name = ? "
             "ORDER BY rowid",
-            [split],
+            split,
         )
-        pages = iter(lambda: cursor.fetchmany(tf_examples.CHUNK), [])
+        pages = iter(lambda: list(itertools.islice(rows, tf_examples.CHUNK)), [])
         return tf_examples.group(
             path,
             (
@@ -203,20 +216,18 @@ def _read_tff(
         )
 
 
-def _check_split(path: Path, database: sqlite3.Connection, split: str, drop_empty: bool) -> None:
+def _check_split(path: Path, query: Query, split: str, drop_empty: bool) -> None:
     """Whether the two tables agree, by their indices and before an example is read."""
     promised = dict(
-        database.execute(
-            "SELECT client_id, num_examples FROM client_metadata WHERE split_name = ?", [split]
-        )
+        query("SELECT client_id, num_examples FROM client_metadata WHERE split_name = ?", split)
     )
     if not promised:
-        splits = [s for (s,) in database.execute("SELECT DISTINCT split_name FROM client_metadata")]
+        splits = [s for (s,) in query("SELECT DISTINCT split_name FROM client_metadata")]
         raise UserError(f"{path} has no split {split!r}, only {splits}; name one of them")
     found = dict(
-        database.execute(
+        query(
             "SELECT client_id, COUNT(*) FROM examples WHERE split_name = ? GROUP BY client_id",
-            [split],
+            split,
         )
     )
     for client_id in sorted(promised.keys() | found.keys()):

@@ -16,6 +16,7 @@ import numpy as np
 from fedexp import cache
 from fedexp.data import conversion, download, packed, tff_hdf5
 from fedexp.data.dataset import Examples, FederatedDataset, FederatedSplits
+from fedexp.data.features import Feature
 from fedexp.data.vocabulary import Vocabulary, fill_rows, read_tag_counts, read_word_counts
 from fedexp.errors import UserError
 
@@ -237,7 +238,7 @@ class _Files:
 
         def source() -> tff_hdf5.Source:
             encode = make_encode()
-            features = {feature: tff_hdf5.Feature(feature, (), object) for feature in strings}
+            features = {feature: Feature(feature, (), object) for feature in strings}
             return tff_hdf5.Source(self.path(_FILES[split]), features, encode)
 
         sources = [self._identity(file) for file in (_FILES[split], *self._counts)]

@@ -16,7 +16,7 @@ import numpy as np
 
 from fedexp.data import features as features_lib
 from fedexp.data.dataset import FederatedDataset
-from fedexp.data.tff_hdf5 import Feature
+from fedexp.data.features import Feature
 from fedexp.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,13 +50,8 @@ def group(
         codes.append(np.array([code_of.setdefault(cid, len(code_of)) for cid in ids]))
         places = [f"{file}: client {cid!r}" for cid in ids]
         for name, rows in _parse(places, records, features).items():
-            first = parts[name][0] if parts[name] else rows
-            if (rows.dtype, rows.shape[1:]) != (first.dtype, first.shape[1:]):
-                raise UserError(
-                    f"{places[0]}, feature {features[name].source!r}: `convert` made {rows.dtype} "
-                    f"of shape {rows.shape[1:]}, and {first.dtype} of shape {first.shape[1:]} before"
-                )
             parts[name].append(rows)
+            features_lib.check_alike(places[0], features[name], rows, parts[name][0])
     if not codes:
         raise UserError(f"{where} has no examples; is it the right one?")
     client_ids, rank = np.unique(np.array(list(code_of)), return_inverse=True)
@@ -167,7 +162,7 @@ def _rows(where: Sequence[str], feature: Feature, column: np.ndarray) -> np.ndar
         column = _from_bytes(where, feature, column)
     try:
         return features_lib.rows(where[0], feature, column)
-    except UserError:
+    except Exception:
         # The culprit need not be the first: look at one record after another.
         for i, place in enumerate(where):
             features_lib.rows(place, feature, column[i : i + 1])

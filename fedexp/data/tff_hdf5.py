@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedexp.data import download, packed
+from fedexp.data import features as features_lib
 from fedexp.data.dataset import Examples, FederatedDataset, FederatedSplits
+from fedexp.data.features import Feature
 from fedexp.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,25 +22,6 @@ if TYPE_CHECKING:
 _ROOT = "examples"
 _LAYOUT = f"TFF's layout is {_ROOT}/<client id>/<feature>"
 _URL = "https://storage.googleapis.com/tff-datasets-public/"
-
-
-@dataclasses.dataclass(frozen=True)
-class Feature:
-    """One feature to read.
-
-    Attributes:
-      source: its name in the file.
-      shape: shape of one example in the file.
-      dtype: dtype in the file, or a family as np.integer; object for strings of variable length.
-      convert: maps a client's rows (n, *shape) to n rows of the data set, with a dtype and a shape
-        that are the same for every client. It raises UserError for values that cannot be, and
-        `read` adds whose they are.
-    """
-
-    source: str
-    shape: tuple[int, ...]
-    dtype: type
-    convert: Callable[[np.ndarray], np.ndarray] = np.asarray
 
 
 def read(
@@ -82,7 +65,7 @@ class Source:
 
     def client_ids(self) -> list[str]:
         """In ascending order."""
-        with _opened(self.path) as root:
+        with _opened(self.path) as root, _reading(self.path):
             return sorted(root)
 
     def read(self, client_ids: Sequence[str]) -> Iterator[Examples]:
@@ -90,14 +73,22 @@ class Source:
         with _opened(self.path) as root:
             for client_id in client_ids:
                 where = f"{self.path}: client {client_id!r}"
-                group = root[client_id]
-                if not _size(where, group, self.features) and not self.drop_empty:
+                with _reading(self.path):
+                    size = _size(where, root[client_id], self.features)
+                    stored = {
+                        f.source: root[client_id][f.source][:] for f in self.features.values()
+                    }
+                if not size and not self.drop_empty:
                     raise UserError(
                         f"{where} has no examples; pass drop_empty=True to leave such clients out"
                     )
-                yield self.encode(
-                    {name: _rows(where, group, feature) for name, feature in self.features.items()}
-                )
+                examples = {
+                    name: _converted(where, feature, stored[feature.source])
+                    for name, feature in self.features.items()
+                }
+                with features_lib.adding(where):
+                    encoded = self.encode(examples)
+                yield encoded
 
 
 def load_splits(
@@ -167,14 +158,22 @@ def _find(folder: Path, name: str) -> tuple[Path, Path]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[h5py.Group]:
-    """The group of clients, of a file in which nothing is damaged that the body reads."""
+    """The group of clients."""
     import h5py
 
     if not path.is_file():
         raise UserError(f"no file {path}; correct the path, or download it")
+    with contextlib.ExitStack() as stack:
+        with _reading(path):
+            root = _root(path, stack.enter_context(h5py.File(path, "r")))
+        yield root
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """For a body that reads the file and calls nothing of the user's: what goes wrong is damage."""
     try:
-        with h5py.File(path, "r") as file:
-            yield _root(path, file)
+        yield
     except (OSError, RuntimeError, KeyError) as error:
         raise UserError(
             f"{path} is damaged or not an HDF5 file ({error}); download it again"
@@ -225,19 +224,18 @@ def _holds_arrays(array: h5py.Dataset) -> bool:
     return array.dtype.hasobject and h5py.check_string_dtype(array.dtype) is None
 
 
-def _rows(where: str, group: h5py.Group, feature: Feature) -> np.ndarray:
-    try:
-        return feature.convert(group[feature.source][:])
-    except UserError as error:
-        raise UserError(f"{where}, feature {feature.source!r}: {error}") from error
+def _converted(where: str, feature: Feature, values: np.ndarray) -> np.ndarray:
+    with features_lib.adding(f"{where}, feature {feature.source!r}"):
+        return feature.convert(values)
 
 
 def _read_clients(
     path: Path, root: h5py.Group, features: Mapping[str, Feature], drop_empty: bool
 ) -> FederatedDataset:
     """Two passes, so that the only large arrays are those of the result: sizes, then rows."""
-    where = {cid: f"{path}: client {cid!r}" for cid in sorted(root)}
-    sizes = {cid: _size(where[cid], root[cid], features) for cid in where}
+    with _reading(path):
+        where = {cid: f"{path}: client {cid!r}" for cid in sorted(root)}
+        sizes = {cid: _size(where[cid], root[cid], features) for cid in where}
     if (empty := [cid for cid, size in sizes.items() if not size]) and not drop_empty:
         raise UserError(
             f"{where[empty[0]]} has no examples ({len(empty)} of {len(sizes)} clients are empty); "
@@ -250,8 +248,11 @@ def _read_clients(
     flat: dict[str, np.ndarray] = {}
     for index, cid in enumerate(sizes):
         for name, feature in features.items():
-            rows = _rows(where[cid], root[cid], feature)
+            with _reading(path):
+                stored = root[cid][feature.source][:]
+            rows = np.asarray(_converted(where[cid], feature, stored))
             if name not in flat:
                 flat[name] = np.empty((offsets[-1], *rows.shape[1:]), rows.dtype)
+            features_lib.check_alike(where[cid], feature, rows, flat[name])
             flat[name][offsets[index] : offsets[index + 1]] = rows
     return FederatedDataset(flat, offsets, np.array(list(sizes)))

@@ -193,6 +193,16 @@ def test_wrong_features(tmp_path, features, message):
         _read(tmp_path, _shard(a=2), features=features)
 
 
+def test_what_convert_raises_goes_through_with_a_note(tmp_path):
+    def broken(rows):
+        return rows if len(rows) == 1 else {}["a word"]
+
+    with pytest.raises(KeyError, match="a word") as caught:
+        _read(tmp_path, _shard(a=1, b=2), features={"y": ("y", (), "int32", broken)})
+    path = tmp_path / "train" / "data_0.json"
+    assert caught.value.__notes__ == [f"reading {path}: client 'b', feature 'y'"]
+
+
 def test_what_convert_refuses_names_the_user(tmp_path):
     def refuse(rows):
         raise UserError("too long")

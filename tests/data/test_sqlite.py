@@ -144,6 +144,17 @@ def test_a_wrong_client_is_named(tmp_path, row, message):
         sqlite.fedjax_sqlite(path, path, NUMBERS)
 
 
+@pytest.mark.parametrize("error", [sqlite3.OperationalError("mine"), ZeroDivisionError("by zero")])
+def test_what_convert_raises_is_not_the_files_fault(tmp_path, error):
+    def broken(rows):
+        raise error
+
+    path = _write(tmp_path / "a.sqlite", _rows(_clients()))
+    with pytest.raises(type(error), match=str(error)) as caught:  # Gin makes another of it.
+        sqlite.fedjax_sqlite(path, path, {"y": ("label", (), "int32", broken)})
+    assert caught.value.__notes__ == [f"reading {path}: client 'b:1', feature 'label'"]
+
+
 def test_byte_strings_need_a_convert(tmp_path):
     path = _write(tmp_path / "a.sqlite", _rows(_clients()))
     with pytest.raises(UserError, match=r"client 'b:1', feature 'text' holds Python objects"):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fedexp.data import download, tff_hdf5
-from fedexp.data.tff_hdf5 import Feature
+from fedexp.data.features import Feature
 from fedexp.errors import UserError
 
 FEATURES = {
@@ -142,6 +142,69 @@ def test_refused_values_name_the_client(tmp_path):
     feature = Feature("label", (), np.integer, refuse)
     with pytest.raises(UserError, match=r"a\.h5: client 'a9', feature 'label': too hot"):
         tff_hdf5.read(_write(tmp_path / "a.h5", _clients()), {"y": feature})
+
+
+@pytest.mark.parametrize("error", [KeyError("no such word"), RuntimeError("x"), OSError("y")])
+def test_what_a_users_function_raises_is_no_damage(tmp_path, error):
+    def broken(values):
+        if len(values if isinstance(values, np.ndarray) else values["x"]) == 3:
+            raise error
+        return values
+
+    path = _write(tmp_path / "a.h5", _clients())
+    features = {"x": Feature("label", (), np.integer, broken)}
+    with pytest.raises(type(error)) as caught:
+        tff_hdf5.read(path, features)
+    assert caught.value is error
+    assert error.__notes__ == [f"reading {path}: client 'a9', feature 'label'"]
+    del error.__notes__
+    for source in (
+        tff_hdf5.Source(path, features, dict),
+        tff_hdf5.Source(path, {"x": Feature("label", (), np.integer)}, broken),
+    ):
+        with pytest.raises(type(error)) as caught:
+            list(source.read(["a10", "a9"]))
+        assert caught.value is error
+        assert error.__notes__.pop().startswith(f"reading {path}: client 'a9'")
+
+
+def test_what_encode_refuses_names_the_client(tmp_path):
+    def refuse(examples):
+        raise UserError("too hot")
+
+    source = tff_hdf5.Source(_write(tmp_path / "a.h5", _clients()), FEATURES, refuse)
+    with pytest.raises(UserError, match=r"a\.h5: client 'a9': too hot"):
+        list(source.read(["a9"]))
+
+
+@pytest.mark.parametrize("damage", ["clients", "rows"])
+def test_damage_that_a_source_meets(tmp_path, damage):
+    path = _write(tmp_path / "a.h5", _clients())
+    source = tff_hdf5.Source(path, FEATURES, dict)
+    with pytest.raises(UserError, match=r"a\.h5 is damaged or not an HDF5 file"):
+        list(source.read(["gone"]))
+    path.write_bytes(path.read_bytes().replace(b"SNOD", b"XXXX").replace(b"TREE", b"XXXX"))
+    with pytest.raises(UserError, match=r"a\.h5 is damaged or not an HDF5 file"):
+        source.client_ids() if damage == "clients" else list(source.read(["a9"]))
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [lambda rows: rows.astype(f"i{8 if len(rows) == 3 else 4}"), lambda rows: rows[:, None, :1]],
+)
+def test_rows_of_another_kind_name_the_client(tmp_path, convert):
+    clients = _with("a9", label=np.zeros((3, 2), int))
+    for client_id, size in {"a10": 1, "b": 4, "c": 2}.items():
+        clients[client_id]["label"] = np.zeros((size, 2), int)
+    seen = []
+
+    def made(rows):
+        seen.append(rows)
+        return rows.astype(np.int32) if len(seen) == 1 else convert(rows)
+
+    path = _write(tmp_path / "a.h5", clients)
+    with pytest.raises(UserError, match=r"client 'a9', feature 'label': `convert` made int64 of"):
+        tff_hdf5.read(path, {"y": Feature("label", (2,), np.integer, made)})
 
 
 def test_another_layout(tmp_path):

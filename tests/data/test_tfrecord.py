@@ -125,6 +125,16 @@ def test_a_client_spread_over_shards_and_integer_ids(tmp_path, monkeypatch):
     assert splits.test.features["v"].tolist() == [10, 11, 12]
 
 
+def test_what_convert_raises_names_the_client(tmp_path):
+    def broken(rows):
+        return {0: rows}[int(2 in rows)]
+
+    path = _write(tmp_path / "s", [_example(user=user, v=user) for user in (0, 1, 2)])
+    with pytest.raises(KeyError) as caught:
+        tfrecord(path, path, {"v": ("v", (), "uint8", broken)}, "user")
+    assert caught.value.__notes__ == [f"reading {path}: client '2', feature 'v'"]
+
+
 def test_encoded_values_reach_convert(tmp_path):
     """As TFDS stores images: PNG in a bytes_list."""
     import tensorflow as tf

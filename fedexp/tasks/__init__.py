@@ -1,8 +1,5 @@
 """Tasks: a model, a loss and metrics for a family of data sets."""
 
-from fedexp.tasks.augment import Augment as Augment
-from fedexp.tasks.augment import crop_and_flip as crop_and_flip
-from fedexp.tasks.augment import standardize as standardize
 from fedexp.tasks.base import Measure as Measure
 from fedexp.tasks.base import Metric as Metric
 from fedexp.tasks.base import Task as Task
@@ -14,8 +11,12 @@ from fedexp.tasks.base import mean_loss as mean_loss
 from fedexp.tasks.base import measures as measures
 from fedexp.tasks.base import with_derived as with_derived
 from fedexp.tasks.classification import classification as classification
-from fedexp.tasks.classification import handwriting as handwriting
-from fedexp.tasks.classification import scale as scale
+from fedexp.tasks.flax_task import flax_task as flax_task
+from fedexp.tasks.images import Augment as Augment
+from fedexp.tasks.images import crop_and_flip as crop_and_flip
+from fedexp.tasks.images import handwriting as handwriting
+from fedexp.tasks.images import scale as scale
+from fedexp.tasks.images import standardize as standardize
 from fedexp.tasks.language import next_token as next_token
 from fedexp.tasks.metrics import accuracy as accuracy
 from fedexp.tasks.metrics import cross_entropy as cross_entropy

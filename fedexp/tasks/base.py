@@ -58,8 +58,8 @@ class Task:
       images: batch -> uint8 (B, H, W) or (B, H, W, C) to look at, or None if it has no pictures.
       check: raises UserError for a data set that does not fit, in milliseconds and on the host.
       apply_and_update: (params, batch, mask, key) -> (outputs, statistics), needed where params hold
-        statistics besides what is trained (see `statistics`): like apply, with the collections as they
-        are after the batch's examples with mask (B,) True.
+        statistics (see `fedexp.tasks.statistics`): what apply returns, and the statistics after a batch
+        of which the rows with mask (B,) True are real.
 
     Raises:
       UserError: a metric called 'loss', or two of the same name.
@@ -76,10 +76,7 @@ class Task:
     predict: Callable[[Any, Features], tuple[jax.Array, jax.Array]] | None = None
     images: Callable[[Features], np.ndarray | None] | None = None
     check: Callable[[FederatedDataset], None] = lambda dataset: None
-    apply_and_update: (
-        Callable[[PyTree, Features, jax.Array, jax.Array | None], tuple[Any, dict[str, PyTree]]]
-        | None
-    ) = None
+    apply_and_update: Callable[..., tuple[Any, dict[str, PyTree]]] | None = None
 
     def __post_init__(self) -> None:
         if "loss" in {*self.metrics, *self.derived}:
@@ -154,29 +151,29 @@ def _loss(
     task: Task, params: PyTree, batch: Batch, key: jax.Array | None
 ) -> tuple[jax.Array, tuple[dict[str, Measure], dict[str, PyTree]]]:
     """The loss, the batch's sums, and the statistics after it."""
-    examples, mask = batch
-    outputs, statistics = _apply(task, params, examples, mask, key)
-    measured = measures(task, outputs, examples)
-    sums = {name: masked_sums(measure, mask) for name, measure in measured.items()}
+    outputs, statistics = _apply(task, params, batch, key)
+    measured = measures(task, outputs, batch.examples)
+    sums = {name: masked_sums(measure, batch.mask) for name, measure in measured.items()}
     values, weights = sums["loss"]
     loss = values if task.sum_loss else values / jnp.where(weights > 0, weights, 1)
     return loss, (sums, statistics)
 
 
 def _apply(
-    task: Task, params: PyTree, examples: Features, mask: jax.Array, key: jax.Array | None
+    task: Task, params: PyTree, batch: Batch, key: jax.Array | None
 ) -> tuple[Any, dict[str, PyTree]]:
+    examples, mask = batch
     _, old = split_statistics(params)
     if not old:
         return task.apply(params, examples, key), old
+    names = ", ".join(sorted(old))
     if task.apply_and_update is None:
-        raise UserError(
-            f"the parameters hold {', '.join(sorted(old))} besides 'params', which needs a task with "
-            "apply_and_update"
-        )
-    # Of a batch of padding alone the model sees all rows, whose mean is no 0 / 0, for nothing.
+        raise UserError(f"a model with {names} besides params needs a task with apply_and_update")
+    # Of padding alone the model sees all rows, because the mean of none is not finite.
     some = mask.any()
     outputs, new = task.apply_and_update(params, examples, mask | ~some, key)
+    if jax.tree.structure(new) != jax.tree.structure(old):
+        raise UserError(f"a training step changes the structure of {names}; it must keep it")
     return outputs, jax.tree.map(lambda new, old: jnp.where(some, new, old), new, old)
 
 

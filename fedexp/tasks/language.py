@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
-from typing import Any
 
 import gin
 import jax
@@ -12,15 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from fedexp.compiling import run_once
 from fedexp.data.dataset import FederatedDataset
 from fedexp.errors import UserError
-from fedexp.tasks.base import Features, Measure, Metric, PyTree, Task
-from fedexp.tasks.classification import check_parameters_only
-from fedexp.tasks.precision import Precision, in_precision
+from fedexp.tasks.base import Features, Measure, Metric, Task
+from fedexp.tasks.checks import CHECKED_ROWS, check_features, check_ids
+from fedexp.tasks.flax_task import Precision, flax_task
 
 _PAD = 0
-_CHECKED_ROWS = 4096
 
 
 @gin.configurable
@@ -55,8 +51,7 @@ def next_token(
     A label counts as predicted if no logit is above its own.
 
     Args:
-      model: maps (tokens) or (tokens, train: bool), with ids (B, L), to logits (B, L, vocab_size).
-        Random layers may use the rng 'dropout' in training.
+      model: maps (tokens), ids (B, L) int32, to logits (B, L, vocab_size); see `flax_task`.
       vocab_size: number of ids; the model's own attribute `vocab_size` if None.
       oov: the id of every token outside the vocabulary; vocab_size - 3 if None, as in TensorFlow
         Federated's preprocessing.
@@ -64,12 +59,12 @@ def next_token(
       eos: the id that ends a sequence; vocab_size - 1 if None.
       metrics: name -> metric, in place of those above (the perplexity stays).
       compute_dtype: 'bfloat16' computes the model in that, for accelerators that are faster at it; what is
-        trained stays float32. See `precision.in_precision`.
+        trained stays float32. See `flax_task`.
 
     Raises:
       UserError: special ids that are not different ones in [1, vocab_size), or no vocab_size. The
-        task's `init` raises for a model whose logits do not fit, or that keeps state; its `check` for a
-        data set without tokens, or whose first ones are not integers in [0, vocab_size).
+        task's `init` raises for a model whose logits do not fit; its `check` for a data set without
+        tokens, or whose first ones are not integers in [0, vocab_size).
     """
     vocab_size = getattr(model, "vocab_size", None) if vocab_size is None else vocab_size
     if vocab_size is None:
@@ -85,25 +80,17 @@ def next_token(
             f"next_token needs different ids for oov, bos and eos, in [1, {vocab_size}) because 0 is "
             f"padding, got oov={oov}, bos={bos}, eos={eos}"
         )
-    takes_train = "train" in inspect.signature(type(model).__call__).parameters
-    apply_model = in_precision(model, compute_dtype)
 
-    def init(key: jax.Array, batch: Features) -> PyTree:
-        tokens = jnp.asarray(batch["tokens"])[:, :-1]
-        logits, variables = jax.eval_shape(model.init_with_output, key, tokens)
-        _check_logits(model, getattr(logits, "shape", None), (*tokens.shape, vocab_size))
-        check_parameters_only(model, variables)
-        return run_once(lambda key, tokens: model.init(key, tokens)["params"], key, tokens)
+    def inputs(batch: Features, key: jax.Array | None) -> tuple[jax.Array]:
+        return (jnp.asarray(batch["tokens"]).astype(jnp.int32)[:, :-1],)
 
-    def apply(params: PyTree, batch: Features, key: jax.Array | None) -> jax.Array:
-        tokens = jnp.asarray(batch["tokens"]).astype(jnp.int32)[:, :-1]
-        kwargs = {"train": key is not None} if takes_train else {}
-        rngs = None if key is None else {"dropout": key}
-        return apply_model(params, tokens, rngs=rngs, **kwargs)
-
-    return Task(
-        init=init,
-        apply=apply,
+    return flax_task(
+        "next_token",
+        model,
+        inputs,
+        output_shape=lambda tokens: (*tokens.shape, vocab_size),
+        remedy="set the model's vocab_size or next_token.vocab_size",
+        compute_dtype=compute_dtype,
         loss=_cross_entropy(special),
         metrics=_metrics(special) if metrics is None else dict(metrics),
         # Float32 ends at e^88; a run that has got there may still come back.
@@ -191,33 +178,9 @@ def _over_tokens(values: jax.Array, counted: jax.Array) -> Measure:
     )
 
 
-def _check_logits(model: nn.Module, found: Any, expected: tuple[int, ...]) -> None:
-    if found != expected:
-        raise UserError(
-            f"{type(model).__name__} maps ids of shape {expected[:2]} to {found}, but next_token needs "
-            f"logits of shape {expected}; set the model's vocab_size or next_token.vocab_size"
-        )
-
-
 def _check_dataset(dataset: FederatedDataset, vocab_size: int) -> None:
-    if "tokens" not in dataset.features:
-        raise UserError(
-            f"next_token needs the feature 'tokens', the data set has {sorted(dataset.features)}"
-        )
+    check_features("next_token", dataset, {"tokens": 2})
     tokens = dataset.features["tokens"]
-    if tokens.ndim != 2 or tokens.shape[1] < 2 or not np.issubdtype(tokens.dtype, np.integer):
-        raise UserError(
-            "feature 'tokens' must hold at least two integers per example, got "
-            f"{tokens.dtype} of shape {tokens.shape}"
-        )
-    # Looking at all of 135 million rows on disk would take minutes.
-    check_ids("tokens", tokens[:_CHECKED_ROWS], 0, vocab_size, "the model's vocab_size")
-
-
-def check_ids(name: str, ids: np.ndarray, low: int, high: int, setting: str) -> None:
-    """Raises UserError for ids of a feature outside [low, high), naming the setting to change."""
-    if ids.size and (ids.min() < low or ids.max() >= high):
-        raise UserError(
-            f"feature {name!r} must have ids in [{low}, {high}), got {ids.min()} to {ids.max()}; set "
-            f"{setting} to fit the data"
-        )
+    if tokens.shape[1] < 2:
+        raise UserError(f"feature 'tokens' must hold at least two per example, got {tokens.shape}")
+    check_ids("tokens", tokens[:CHECKED_ROWS], 0, vocab_size, "set the model's vocab_size")

@@ -5,18 +5,13 @@ from __future__ import annotations
 import gin
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
-from fedexp.compiling import run_once
 from fedexp.data.dataset import FederatedDataset
 from fedexp.errors import UserError
-from fedexp.tasks.base import Features, Measure, Metric, PyTree, Task
-from fedexp.tasks.classification import check_parameters_only
-from fedexp.tasks.language import check_ids
-from fedexp.tasks.precision import Precision, in_precision
-
-_CHECKED_ROWS = 4096
+from fedexp.tasks.base import Features, Measure, Metric, Task
+from fedexp.tasks.checks import CHECKED_ROWS, check_features, check_ids
+from fedexp.tasks.flax_task import Precision, flax_task
 
 
 @gin.configurable
@@ -42,50 +37,43 @@ def tag_prediction(
     among all that are given a probability above a half.
 
     Args:
-      model: maps (words, num_words) to logits (B, num_tags).
+      model: maps (words, num_words) to logits (B, num_tags); see `flax_task`.
       vocab_size: number of words; the model's own attribute if None.
       num_tags: number of tags; the model's own attribute if None.
       recall_at: how many of the highest logits count for the recall, and in its name.
       compute_dtype: 'bfloat16' computes the model in that, for accelerators that are faster at it; what is
-        trained stays float32. See `precision.in_precision`.
+        trained stays float32. See `flax_task`.
 
     Raises:
       UserError: recall_at below 1, or a number that neither the model nor the caller gives. The task's
-        `init` raises for a model whose logits do not fit, or that keeps state; its `check` for a data
-        set without these features, or whose first rows do not fit.
+        `init` raises for a model whose logits do not fit; its `check` for a data set without these
+        features, or whose first rows do not fit.
     """
     vocab_size = _number(model, "vocab_size", vocab_size)
     num_tags = _number(model, "num_tags", num_tags)
     if recall_at < 1:
         raise UserError(f"tag_prediction.recall_at must be at least 1, got {recall_at}")
 
-    apply_model = in_precision(model, compute_dtype)
-
-    def inputs(batch: Features) -> tuple[jax.Array, jax.Array]:
+    def inputs(batch: Features, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         return jnp.asarray(batch["words"]), jnp.asarray(batch["num_words"])
 
-    def init(key: jax.Array, batch: Features) -> PyTree:
-        logits, variables = jax.eval_shape(model.init_with_output, key, *inputs(batch))
-        expected = (len(batch["words"]), num_tags)
-        if getattr(logits, "shape", None) != expected:
-            raise UserError(
-                f"{type(model).__name__} gives {getattr(logits, 'shape', type(logits))}, but {num_tags} "
-                f"tags need logits of shape {expected}; set the model's or tag_prediction.num_tags"
-            )
-        check_parameters_only(model, variables)
-        return run_once(lambda key, *args: model.init(key, *args)["params"], key, *inputs(batch))
+    def check(dataset: FederatedDataset) -> None:
+        check_features("tag_prediction", dataset, {"words": 2, "num_words": 1, "tags": 2})
+        first = dataset.slice(0, CHECKED_ROWS)
+        check_ids("words", first["words"], 0, vocab_size + 2, "set the model's vocab_size")
+        check_ids("tags", first["tags"], -1, num_tags, "set the model's num_tags")
 
-    def apply(params: PyTree, batch: Features, key: jax.Array | None) -> jax.Array:
-        del key
-        return apply_model(params, *inputs(batch))
-
-    return Task(
-        init=init,
-        apply=apply,
+    return flax_task(
+        "tag_prediction",
+        model,
+        inputs,
+        output_shape=lambda words, num_words: (words.shape[0], num_tags),
+        remedy="set the model's num_tags or tag_prediction.num_tags",
+        compute_dtype=compute_dtype,
         loss=_binary_cross_entropy,
         sum_loss=True,
         metrics={f"recall_at_{recall_at}": _recall(recall_at), "precision": _precision},
-        check=lambda dataset: _check_dataset(dataset, vocab_size, num_tags),
+        check=check,
     )
 
 
@@ -129,22 +117,3 @@ def _precision(logits: jax.Array, batch: Features) -> Measure:
 
 def _counts(values: jax.Array, weights: jax.Array) -> Measure:
     return Measure(*(part.sum(1).astype(jnp.float32) for part in (values, weights)))
-
-
-def _check_dataset(dataset: FederatedDataset, vocab_size: int, num_tags: int) -> None:
-    wanted = {"words": 2, "num_words": 1, "tags": 2}
-    if missing := sorted(set(wanted) - set(dataset.features)):
-        raise UserError(
-            f"tag_prediction needs the features {', '.join(wanted)}, the data set lacks "
-            f"{', '.join(missing)} (it has {sorted(dataset.features)})"
-        )
-    for name, ndim in wanted.items():
-        feature = dataset.features[name]
-        if feature.ndim != ndim or not np.issubdtype(feature.dtype, np.integer):
-            raise UserError(
-                f"feature {name!r} must hold integers in {ndim} dimensions, got {feature.dtype} of "
-                f"shape {feature.shape}"
-            )
-    first = dataset.slice(0, _CHECKED_ROWS)
-    check_ids("words", first["words"], 0, vocab_size + 2, "the model's vocab_size")
-    check_ids("tags", first["tags"], -1, num_tags, "the model's num_tags")

@@ -7,17 +7,27 @@ import optax
 import pytest
 from flax import linen as nn
 
-from fedexp.algorithms import fedavg
-from fedexp.data import ClientBatching, FederatedDataset, FederatedSplits, uniform
+from fedexp.data.dataset import FederatedDataset
 from fedexp.errors import UserError
-from fedexp.strategies import jit
-from fedexp.tasks import classification
-from fedexp.tasks.augment import crop_and_flip, standardize
-from fedexp.trainer import train
+from fedexp.tasks import classification, crop_and_flip, handwriting, scale, standardize
+from fedexp.tasks.images import pictures
+from tests.support.local import in_lanes_and_alone
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (20, 9, 8, 3)).astype(np.uint8)
 KEY = jax.random.key(0)
+
+
+def test_handwriting_and_scale():
+    x = jnp.array([0, 51, 255], jnp.uint8).reshape(1, 1, 3)
+    np.testing.assert_allclose(handwriting(x)[0, 0, :, 0], [1, 0.8, 0], atol=1e-7)
+    np.testing.assert_allclose(scale(x)[0, 0, :, 0], [0, 0.2, 1], atol=1e-7)
+    assert handwriting(x).dtype == scale(x).dtype == jnp.float32
+    assert scale(jnp.zeros((2, 8, 8, 3), jnp.uint8)).shape == (2, 8, 8, 3)
+    floats = jnp.asarray(RNG.normal(size=(6, 5)), jnp.float32)
+    assert scale(floats) is floats
+    with pytest.raises(UserError, match="float32"):
+        handwriting(floats)
 
 
 def places(key: jax.Array, number: int) -> np.ndarray:
@@ -106,20 +116,20 @@ def test_standardize_bounds_the_contrast_of_plain_images():
     )
 
 
-def test_a_clients_crops_are_the_same_whichever_lane_it_runs_on():
+def test_a_clients_crops_are_the_same_in_a_lane_as_alone():
     sizes = np.array([3, 5, 2, 4])
     offsets = np.concatenate([[0], np.cumsum(sizes)])
     images = RNG.integers(0, 256, (14, 9, 8, 3)).astype(np.uint8)
     features = {"x": images, "y": RNG.integers(0, 2, 14)}
     dataset = FederatedDataset(features, offsets, np.array(list("abcd")))
+    model = nn.Sequential([lambda x: x.reshape(len(x), -1), nn.Dense(2)])
+    task = classification(model, 2, preprocess=standardize, augment=crop_and_flip(6))
+    in_lanes_and_alone(task, dataset, optax.sgd(0.1), 4)
 
-    def run(lanes):
-        model = nn.Sequential([lambda x: x.reshape(len(x), -1), nn.Dense(2)])
-        task = classification(model, 2, preprocess=standardize, augment=crop_and_flip(6))
-        algorithm = fedavg(task, optax.sgd(0.1), optax.sgd(1.0))
-        options = {"sampler": uniform(4), "batching": ClientBatching(2), "quiet": True}
-        splits = FederatedSplits(dataset, dataset)
-        return train(splits, task, algorithm, 1, strategy=jit(lanes), **options).params
 
-    one, three = run(1), run(3)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one, three)
+def test_pictures_are_those_with_grey_levels_or_colours():
+    grey = IMAGES[..., 0]
+    np.testing.assert_array_equal(pictures({"x": grey}), grey[..., None])
+    assert pictures({"x": IMAGES}) is IMAGES
+    for x in (np.zeros((2, 8, 8, 5), np.uint8), np.zeros((2, 8)), np.zeros((2, 8, 8), np.float32)):
+        assert pictures({"x": x}) is None

@@ -7,12 +7,11 @@ import optax
 import pytest
 from flax import linen as nn
 
-from fedexp.algorithms import fedavg
-from fedexp.data import ClientBatching, FederatedDataset
+from fedexp.data.dataset import FederatedDataset
 from fedexp.errors import UserError
 from fedexp.models import EmnistAutoencoder, EmnistCNN, LSTMLanguageModel, TagLogistic
-from fedexp.strategies import Runner, jit
 from fedexp.tasks import classification, mean_loss, next_token, reconstruction, tag_prediction
+from tests.support.local import in_lanes_and_alone
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -52,8 +51,8 @@ def test_a_task_in_bfloat16_is_nearly_the_same_and_trains_float32(name):
         assert leaf.dtype == jnp.float32
     np.testing.assert_allclose(half_loss, loss, rtol=0.02)
     error = optax.tree.norm(jax.tree.map(jnp.subtract, half_gradient, gradient))
-    # Bfloat16 has 8 bits, an error of 0.4 % in every number.
-    assert 1e-4 < error / optax.tree.norm(gradient) < 0.1
+    # Bfloat16 has 8 bits: 0.4 % in every number, and some maxima of a pool change places.
+    assert 1e-4 < error / optax.tree.norm(gradient) < 0.2
 
 
 def test_parameters_and_inputs_are_rounded_alike():
@@ -75,24 +74,16 @@ def test_parameters_and_inputs_are_rounded_alike():
     np.testing.assert_array_equal(logits, [[3, 3]])  # 1.001 is 1 in bfloat16.
 
 
-def test_a_round_in_bfloat16_learns():
+def test_lanes_in_bfloat16_learn():
     labels = RNG.integers(0, 2, 60).astype(np.int32)
     x = (RNG.normal(size=(60, 3)) + 3 * labels[:, None]).astype(np.float32)
     dataset = FederatedDataset(
         {"x": x, "y": labels}, np.array([0, 20, 45, 60]), np.array(["a", "b", "c"])
     )
     task = classification(nn.Dense(2), 2, preprocess=None, compute_dtype="bfloat16")
-    params = task.init(KEY, dataset.slice(0, 1))
-    algorithm = fedavg(task, optax.sgd(0.1), optax.sgd(1.0))
-    batching = ClientBatching(8)
-    runner = Runner(jit(2), algorithm, dataset, batching, params=params, cohort_size=3, seed=0)
-    state, losses = runner.start(params), []
-    for number in range(10):
-        output = runner.run(state, runner.prepare(number, np.arange(3)))
-        state = output.server_state
-        losses.append(float(output.metrics["train/loss"]))
-    assert losses[-1] < losses[0] / 2
-    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    params, losses = in_lanes_and_alone(task, dataset, optax.sgd(0.1), 30)
+    assert (losses[:, -1] < losses[:, 0] / 2).all()
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -1,4 +1,4 @@
-"""Random changes to training images, made on the device in every step."""
+"""Decoding images, changing them at random in training, and telling which can be looked at."""
 
 from __future__ import annotations
 
@@ -7,11 +7,61 @@ from collections.abc import Callable
 import gin
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from fedexp.errors import UserError
+from fedexp.tasks.base import Features
 
 Augment = Callable[[jax.Array, jax.Array | None], jax.Array]
+Preprocess = Callable[[jax.Array], jax.Array]
+
+
+@gin.configurable
+def scale(x: jax.Array) -> jax.Array:
+    """Decodes uint8 images to float32 in [0, 1], (B, H, W) to (B, H, W, 1); else returns x as is."""
+    if x.dtype != jnp.uint8:
+        return x
+    x = x.astype(jnp.float32) / 255
+    return x[..., None] if x.ndim == 3 else x
+
+
+@gin.configurable
+def handwriting(x: jax.Array) -> jax.Array:
+    """Decodes dark ink on white paper (EMNIST) to float32: paper 0, ink 1.
+
+    Args:
+      x: (B, H, W) uint8, 255 = white.
+
+    Returns:
+      (B, H, W, 1) float32 in [0, 1].
+
+    Raises:
+      UserError: another dtype.
+    """
+    if x.dtype != jnp.uint8:
+        raise UserError(
+            f"handwriting decodes uint8 images, feature 'x' is {x.dtype}; use preprocess=scale"
+        )
+    return 1 - scale(x)
+
+
+@gin.configurable
+def standardize(x: jax.Array) -> jax.Array:
+    """Shifts and scales each image to mean 0 and variance 1, as tf.image.per_image_standardization.
+
+    The divisor is at least 1 / sqrt(pixels and channels), so that an image of one colour becomes zero.
+
+    Args:
+      x: (B, H, W, C), of any dtype.
+
+    Returns:
+      (B, H, W, C) float32.
+    """
+    x = x.astype(jnp.float32)
+    x -= x.mean((1, 2, 3), keepdims=True)
+    least = x[0].size ** -0.5
+    return x / jnp.maximum(x.std((1, 2, 3), keepdims=True), least)
 
 
 @gin.configurable
@@ -58,19 +108,8 @@ def crop_and_flip(size: int = 24) -> Augment:
     return augment
 
 
-@gin.configurable
-def standardize(x: jax.Array) -> jax.Array:
-    """Shifts and scales each image to mean 0 and variance 1, as tf.image.per_image_standardization.
-
-    The divisor is at least 1 / sqrt(pixels and channels), so that an image of one colour becomes zero.
-
-    Args:
-      x: (B, H, W, C), of any dtype.
-
-    Returns:
-      (B, H, W, C) float32.
-    """
-    x = x.astype(jnp.float32)
-    x -= x.mean((1, 2, 3), keepdims=True)
-    least = x[0].size ** -0.5
-    return x / jnp.maximum(x.std((1, 2, 3), keepdims=True), least)
+def pictures(batch: Features) -> np.ndarray | None:
+    """Feature x as uint8 (B, H, W, C), or None where it holds no pictures."""
+    x = np.asarray(batch["x"])
+    x = x[..., None] if x.ndim == 3 else x
+    return x if x.dtype == np.uint8 and x.ndim == 4 and x.shape[-1] in (1, 3, 4) else None

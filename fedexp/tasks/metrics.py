@@ -1,7 +1,11 @@
 """Metrics of logits against the integer labels in feature 'y'.
 
 Logits are (B, K) with labels (B,), or (B, ..., K) with (B, ...): an example then weighs as many
-predictions as it holds.
+predictions as it holds. One's own metric is a function of (outputs, batch) as these are:
+
+>>> logits, batch = jnp.array([[0.1, 0.9], [0.8, 0.2], [0.6, 0.4]]), {"y": jnp.array([1, 1, 0])}
+>>> accuracy()(logits, batch)
+Measure(values=Array([1., 0., 1.], dtype=float32), weights=Array([1., 1., 1.], dtype=float32))
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import doctest
 import operator
 
 import jax
@@ -19,7 +18,6 @@ from fedexp.tasks import (
     mean_loss,
     reconstruction,
     split_statistics,
-    statistics,
 )
 from tests.support.local import in_lanes_and_alone
 
@@ -236,7 +234,3 @@ def test_what_cannot_be_carried_is_refused():
     without = type(linear)(linear.init, linear.apply, linear.loss)
     with pytest.raises(UserError, match="with extra besides params needs a task with apply_and_up"):
         gradient(without, params, BATCH, KEY)
-
-
-def test_the_examples_in_docstrings():
-    assert doctest.testmod(statistics) == (0, 2)

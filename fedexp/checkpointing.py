@@ -4,40 +4,192 @@ A checkpoint is a folder `<directory>/<round>` with two Orbax items: `state`, a 
 state's arrays named by their path (`params.Dense_0.kernel`), and `about`, a JSON of the caller's
 metadata and every array's dtype, shape and checksum.
 
-Orbax writes arrays to this machine's disk, or with Google's own library to gs://, but not to s3://. So for
-every bucket it works in a temporary folder here, whose finished checkpoints are copied to and fro.
+Checkpoints in a bucket go through a `mirror`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import logging
 import os
-import tempfile
 import threading
 import zlib
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fedexp import paths
 from fedexp.errors import UserError
+from fedexp.mirror import Mirror
 
 PyTree = Any
-
-# Orbax leaves this file in a finished checkpoint; in a bucket it is the last to come and the first to go.
-_COMMITTED = "commit_success.txt"
 
 
 def import_ahead() -> None:
     """Imports Orbax in the background, for it takes as long as compiling a small model."""
     threading.Thread(target=importlib.import_module, args=("orbax.checkpoint",)).start()
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class CheckpointPlan:
+    """When a run saves, and what it keeps.
+
+    Attributes:
+      every: rounds between checkpoints; 0 saves at the end and on a stop only.
+      keep: checkpoints kept besides the best one.
+      best_metric: the evaluation metric that tells the best checkpoint; an evaluation that improves it is
+        followed by a checkpoint. Without a group, as 'accuracy', it is that of the evaluation on the
+        validation split, or else of the first evaluation. None keeps the latest only.
+      best_mode: 'max' or 'min'.
+
+    Raises:
+      UserError: a value out of range.
+    """
+
+    every: int = 50
+    keep: int = 2
+    best_metric: str | None = "loss"
+    best_mode: Literal["max", "min"] = "min"
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.keep < 1 or self.best_mode not in ("max", "min"):
+            raise UserError(
+                f"CheckpointPlan needs every >= 0, keep >= 1 and best_mode 'max' or 'min', got {self}"
+            )
+
+    def bound_to(
+        self, names: Mapping[str, Sequence[str]], validation: str | None
+    ) -> CheckpointPlan:
+        """The plan with its best metric's group.
+
+        Args:
+          names: group of an evaluation -> names of its metrics, in the evaluations' order.
+          validation: the group of the evaluation on the validation split.
+
+        Raises:
+          UserError: no evaluation gives the best metric.
+        """
+        known = [f"{group}/{name}" for group, names in names.items() for name in names]
+        best = self.best_metric
+        if best is not None and "/" not in best and names:
+            best = f"{validation or next(iter(names))}/{best}"
+        if best is not None and known and best not in known:
+            raise UserError(
+                f"CheckpointPlan.best_metric is {self.best_metric!r}, but evaluation gives {known}"
+            )
+        return dataclasses.replace(self, best_metric=best if known else None)
+
+    def improves(self, value: float | None, best: float | None) -> bool:
+        """Whether the best metric's new value, None if it was not measured, beats the best so far."""
+        if value is None:
+            return False
+        return best is None or (value > best if self.best_mode == "max" else value < best)
+
+
+class Saved(NamedTuple):
+    """What a run goes on from.
+
+    Attributes:
+      done: finished rounds.
+      state: the server's.
+      history: one row per evaluation.
+      best: the best metric's best value, or None.
+    """
+
+    done: int
+    state: PyTree
+    history: list[dict[str, float]]
+    best: float | None
+
+
+class Saver:
+    """Checkpoints of everything a run needs to go on; does nothing without a workdir.
+
+    Args:
+      workdir: of the run; checkpoints lie in a folder of it.
+      plan: what to keep.
+      client_states: of the algorithm; None if it has none. It has `save`, `template` and `load`.
+      data: split -> what tells the data from others, as `FederatedDataset.fingerprint`.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike | None,
+        plan: CheckpointPlan,
+        client_states: Any,
+        data: Mapping[str, str],
+    ):
+        self._workdir = workdir
+        self._client_states = client_states
+        self._data = dict(data)
+        self._checkpointer: Checkpointer | None = None
+        if workdir is not None:
+            self._checkpointer = Checkpointer(
+                os.path.join(workdir, "checkpoints"),
+                keep=plan.keep,
+                best_metric=plan.best_metric,
+                best_mode=plan.best_mode,
+            )
+        self._best_metric = plan.best_metric
+        self._saved = self._checkpointer.latest() if self._checkpointer else None
+
+    def save(self, saved: Saved, measured: float | None) -> None:
+        """Saves, unless this round is saved already.
+
+        Args:
+          saved: what to save.
+          measured: the best metric after this round, if it was evaluated.
+        """
+        if not self._checkpointer or self._saved == saved.done:
+            return
+        clients = self._client_states.save() if self._client_states else {}
+        self._checkpointer.save(
+            saved.done,
+            {"server": saved.state, "clients": clients},
+            metadata={"history": saved.history, "best": saved.best, "data": self._data},
+            metrics=None if measured is None else {self._best_metric: measured},
+        )
+        self._saved = saved.done
+
+    def restore(self, state: PyTree) -> Saved | None:
+        """The latest checkpoint, for a first state like its own; None if there is none.
+
+        Raises:
+          UserError: it is of other data, or see `Checkpointer.restore`.
+        """
+        if self._checkpointer is None or self._saved is None:
+            return None
+        clients = self._client_states.template() if self._client_states else {}
+        template = {"server": state, "clients": clients}
+        saved, metadata = self._checkpointer.restore(self._saved, template)
+        for split, fingerprint in metadata.get("data", self._data).items():
+            if self._data.get(split) != fingerprint:
+                raise UserError(
+                    f"the checkpoints in {self._workdir} are of other data: the {split} split had other "
+                    "clients, or other numbers of examples. Bind the data they were made with, or choose "
+                    "another --workdir"
+                )
+        if self._client_states:
+            self._client_states.load(saved["clients"])
+        return Saved(self._saved, saved["server"], metadata["history"], metadata["best"])
+
+    def wait(self) -> None:
+        """Returns when the save under way is complete."""
+        if self._checkpointer:
+            self._checkpointer.wait()
+
+    def close(self) -> None:
+        """Waits for the save under way, and ends what saves in the background."""
+        if self._checkpointer:
+            self._checkpointer.close()
 
 
 class Checkpointer:
@@ -76,7 +228,7 @@ class Checkpointer:
         logging.getLogger("absl").addFilter(_is_not_from_orbax)
         self._ocp = ocp
         self._best_metric = best_metric
-        self._bucket = _Bucket(str(directory)) if paths.is_remote(directory) else None
+        self._bucket = Mirror(str(directory)) if paths.is_remote(directory) else None
         self._directory = str(directory) if self._bucket else os.path.abspath(directory)
         folder = self._bucket.folder if self._bucket else Path(self._directory)
         policies = ocp.checkpoint_managers
@@ -140,7 +292,7 @@ class Checkpointer:
             without `best_metric`; or writing failed, now or in the save before.
         """
         json.dumps(dict(metadata))  # A TypeError here rather than in Orbax's thread.
-        arrays = _host_arrays(state)
+        arrays = _host_arrays(_without_keys(state))
         about = {
             "metadata": dict(metadata),
             "arrays": {name: _description(array) for name, array in arrays.items()},
@@ -221,7 +373,8 @@ class Checkpointer:
                 f"The checkpoint {path} is damaged: {_first_line(error)}. "
                 f"Delete that folder to {go_on}."
             ) from error
-        return _fill(template, arrays, path), metadata
+        plain = _fill(_without_keys(template), arrays, path)
+        return jax.tree.map(_as_key, plain, template), metadata
 
     def wait(self) -> None:
         """Returns when the save under way is complete, on disk or in the bucket."""
@@ -259,66 +412,6 @@ class Checkpointer:
         )
 
 
-class _Bucket:
-    """A bucket's folder of checkpoints, and the temporary folder in which Orbax sees them.
-
-    Of several processes every one has such a folder, and the first one writes to the bucket.
-    """
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self._scratch = tempfile.TemporaryDirectory(prefix="fedexp-checkpoints-")
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="upload")
-        self._upload: Future[None] | None = None
-        self.folder = Path(self._scratch.name)
-
-    def pull(self) -> None:
-        """Fetches all finished checkpoints, and deletes what a killed upload left."""
-        files = paths.find(self._url)
-        finished = {_round(file) for file in files if _is_commit(file)}
-        paths.download(self._url, [f for f in files if _round(f) in finished], self.folder)
-        if jax.process_index() == 0:
-            self._remove([f for f in files if _round(f) not in finished])
-
-    def push(self, round: int, manager: Any) -> None:
-        """Copies a checkpoint once it is finished, then deletes those gone here; in the background."""
-        if jax.process_index() == 0:
-            self._upload = self._thread.submit(self._push, round, manager)
-
-    def wait(self) -> None:
-        """Returns when the bucket is up to date; raises what went wrong."""
-        if self._upload is not None:
-            upload, self._upload = self._upload, None
-            upload.result()
-
-    def close(self) -> None:
-        """Ends the thread and deletes the temporary folder."""
-        self._thread.shutdown()
-        self._scratch.cleanup()
-
-    def _push(self, round: int, manager: Any) -> None:
-        manager.wait_until_finished()
-        old = paths.find(self._url)
-        self._remove([file for file in old if _round(file) == str(round)])
-        found = [path for path in (self.folder / str(round)).rglob("*") if path.is_file()]
-        files = [path.relative_to(self.folder).as_posix() for path in found]
-        paths.upload(self.folder, [file for file in files if not _is_commit(file)], self._url)
-        paths.upload(self.folder, [file for file in files if _is_commit(file)], self._url)
-        self._remove([file for file in old if not (self.folder / _round(file)).exists()])
-
-    def _remove(self, files: list[str]) -> None:
-        paths.remove(self._url, [file for file in files if _is_commit(file)])
-        paths.remove(self._url, [file for file in files if not _is_commit(file)])
-
-
-def _round(file: str) -> str:
-    return file.partition("/")[0]
-
-
-def _is_commit(file: str) -> bool:
-    return file.partition("/")[2] == _COMMITTED
-
-
 def _is_not_from_orbax(record: logging.LogRecord) -> bool:
     return f"{os.sep}orbax{os.sep}" not in record.pathname
 
@@ -335,6 +428,21 @@ def _named_leaves(tree: PyTree) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef
     if len(named) != len(leaves):
         raise UserError("two leaves of the state have the same path; rename a key with a '.' in it")
     return named, structure
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _without_keys(tree: PyTree) -> PyTree:
+    """The tree with typed PRNG keys as the numbers that they are made of."""
+    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree)
+
+
+def _as_key(leaf: Any, like: Any) -> Any:
+    if not _is_key(like):
+        return leaf
+    return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(like))
 
 
 def _host_arrays(state: PyTree) -> dict[str, np.ndarray]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
+_COMPILED = "/jax/core/compile/backend_compile_duration"
 _LEVEL = "xla_backend_optimization_level"
 
 
@@ -39,3 +42,38 @@ def release_memory() -> None:
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+class Compilations:
+    """Counts the programs that XLA compiles, or the cache folder gives, while `counted()` is entered.
+
+    Attributes:
+      count: so far.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Counts what this thread has compiled meanwhile."""
+        _listen()
+        _counting.active = self
+        try:
+            yield
+        finally:
+            _counting.active = None
+
+
+_counting = threading.local()
+
+
+@functools.cache
+def _listen() -> None:
+    def note(event: str, duration: float, **_: Any) -> None:
+        del duration
+        active = getattr(_counting, "active", None)
+        if event == _COMPILED and active is not None:
+            active.count += 1
+
+    jax.monitoring.register_event_duration_secs_listener(note)

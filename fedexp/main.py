@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         runtime.start()
         if _WORKDIR.value:
             config.claim(_WORKDIR.value, write=runtime.is_first())
-        result = trainer.train(workdir=_WORKDIR.value, overrides=_GIN_PARAMS.value)
+        result = trainer.Experiment().run(_WORKDIR.value, overrides=_GIN_PARAMS.value)
     except UserError as error:
         runtime.leave(f"error: {_without_gin_frames(str(error))}", code=2)
     if runtime.is_first():

@@ -16,12 +16,11 @@ class Reporter:
 
     Args:
       num_rounds: of the whole run.
-      quiet: report nothing.
     """
 
-    def __init__(self, num_rounds: int, *, quiet: bool = False):
+    def __init__(self, num_rounds: int):
         self._num_rounds = num_rounds
-        self._console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._bar = None
         if self._console.is_terminal:
             self._bar = Progress(
@@ -34,12 +33,13 @@ class Reporter:
             )
             self._task = self._bar.add_task("rounds", total=num_rounds, note="")
 
-    def __enter__(self) -> Reporter:
+    def start(self) -> None:
+        """Shows the bar."""
         if self._bar:
             self._bar.start()
-        return self
 
-    def __exit__(self, *exc_info) -> None:
+    def stop(self) -> None:
+        """Leaves the bar as it is."""
         if self._bar:
             self._bar.stop()
 

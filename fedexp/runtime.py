@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NoReturn
 
 import gin
 import jax
 
-from fedexp.data import download
+from fedexp import cache
 from fedexp.errors import UserError
 
 _MAX_CACHE_BYTES = 1 << 30
@@ -21,6 +23,20 @@ _MAX_CACHE_BYTES = 1 << 30
 _MOST_CORES = 8
 # sysexits.h's EX_TEMPFAIL: nothing is wrong with the input, trying again may succeed.
 EXIT_LOST = 75
+# What Gloo, NCCL and JAX's coordination service say of a connection that has ended.
+_SIGNS_OF_A_LOST_PROCESS = (
+    "Gloo",
+    "NCCL",
+    "coordination service",
+    "CoordinationService",
+    "heartbeat",
+    "another task died",
+    "UNAVAILABLE:",
+    "DEADLINE_EXCEEDED:",
+    "Connection reset by peer",
+    "Connection closed by peer",
+    "Socket closed",
+)
 
 
 @gin.configurable("runtime")
@@ -83,7 +99,7 @@ def _cores() -> int:
 
 def _keep_compiled_programs() -> None:
     try:
-        folder = download.cache_dir() / "compiled"
+        folder = cache.folder() / "compiled"
     except UserError:  # Nothing but time depends on it.
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -107,7 +123,7 @@ def leaving_a_broken_group() -> Iterator[None]:
     except Exception as error:
         if jax.process_count() == 1:
             raise
-        if _is_about_others(error):
+        if is_about_others(error):
             leave(
                 f"error: another process is lost ({_first_line(error)}). The same command, on as "
                 "many processes as there are now, goes on from the last checkpoint.",
@@ -119,12 +135,40 @@ def leaving_a_broken_group() -> Iterator[None]:
         leave("error: this process cannot go on", 1)
 
 
-def _is_about_others(error: BaseException | None) -> bool:
+def is_about_others(error: BaseException | None) -> bool:
+    """Whether an error tells of another process, rather than of this one's own memory or program."""
     while error is not None:
-        if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
+        if any(sign in str(error) for sign in _SIGNS_OF_A_LOST_PROCESS):
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+@contextlib.contextmanager
+def stop_signals(say: Callable[[str], None]) -> Iterator[Callable[[], int | None]]:
+    """Yields a function that tells which of SIGINT and SIGTERM has asked the run to stop, if any.
+
+    A second signal acts at once, as if nobody listened.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+
+    def note(number: int, frame: Any) -> None:
+        del frame
+        received.append(number)
+        signal.signal(number, before[number])
+        say(f"{signal.Signals(number).name}: stopping after this round")
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield lambda: received[0] if received else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _first_line(error: Exception) -> str:

@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import gin
 import jax
 import jax.numpy as jnp
 
-from fedexp.aggregators.base import Aggregator
-from fedexp.errors import UserError
+from fedexp.contracts import Aggregated, Aggregator, Sent
 
 
 @gin.configurable
-def mean(weighting: Literal["examples", "uniform"] = "examples") -> Aggregator:
-    """The mean over the cohort.
+def mean() -> Aggregator:
+    """The mean over the cohort (McMahan et al. 2017, arXiv:1602.05629).
 
-    Args:
-      weighting: 'examples' weighs a client by its number of examples (McMahan et al. 2017,
-        arXiv:1602.05629), or by what else the algorithm says; 'uniform' counts every client alike.
-
-    Raises:
-      UserError: any other weighting.
+    What a client counts for is the algorithm's say, as `fedavg.weigh_by`. Without clients it is zero.
     """
-    if weighting not in ("examples", "uniform"):
-        raise UserError(f"mean.weighting must be 'examples' or 'uniform', got {weighting!r}")
 
-    def client(update, weight, key):
-        del key
-        weight = jnp.float32(1) if weighting == "uniform" else weight.astype(jnp.float32)
-        return jax.tree.map(lambda leaf: weight * leaf, update), weight
+    def client(state, update, client_state, key):
+        del state, client_state, key
+        weight = update.weight.astype(jnp.float32)
+        return Sent(total=(jax.tree.map(lambda leaf: weight * leaf, update.value), weight))
 
-    def server(total, key):
-        del key
+    def server(state, total, each, later, cohort, key):
+        del each, later, cohort, key
         weighted, weight = total
-        return jax.tree.map(lambda leaf: leaf / jnp.maximum(weight, 1e-12), weighted)
+        weight = jnp.maximum(weight, 1e-12)
+        return Aggregated(jax.tree.map(lambda leaf: leaf / weight, weighted), state)
 
-    return Aggregator(client, server)
+    return Aggregator(client, server, reduces=True)

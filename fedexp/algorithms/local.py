@@ -2,48 +2,227 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from fedexp.tasks import Measure, Task, with_derived
+from fedexp.algorithms.aggregation import Aggregation
+from fedexp.contracts import Clients, ClientWork, Metrics, Update
+from fedexp.data import Batch
+from fedexp.errors import UserError, check
+from fedexp.tasks import (
+    Measure,
+    Task,
+    carrying_statistics,
+    gradient,
+    join_statistics,
+    split_statistics,
+)
 
 PyTree = Any
+WeighBy = Literal["examples", "tokens", "uniform"]
+# (shared, params, grads, batch, key) -> grads.
+Direction = Callable[[Any, PyTree, PyTree, Batch, jax.Array], PyTree]
+
+
+class Shared(NamedTuple):
+    """What clients are given to train from.
+
+    Attributes:
+      params: the server's.
+      rate: () factor on the client's learning rate; None for 1.
+    """
+
+    params: PyTree
+    rate: jax.Array | None = None
+
+
+class Training(NamedTuple):
+    """A client's carry: its parameters, its optimizer's state and its sums of loss and metrics."""
+
+    params: PyTree
+    opt_state: PyTree
+    sums: dict[str, Measure]
+
+
+class Trained(NamedTuple):
+    """What is kept of a trained client.
+
+    Attributes:
+      sums: of its loss and metrics.
+      norm: () the L2 norm of its update.
+      own: the next state that the algorithm itself keeps of it, if any.
+    """
+
+    sums: dict[str, Measure]
+    norm: jax.Array
+    own: PyTree = None
+
+
+def local_training(
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    weigh_by: WeighBy = "examples",
+    direction: Direction | None = None,
+    start: Callable[[Any, Clients], PyTree] | None = None,
+    within: Callable[[Any], Task] | None = None,
+) -> ClientWork:
+    """A client's steps from the server's parameters; it sends how they have changed.
+
+    Args:
+      task: the model and its loss.
+      optimizer: starts afresh on every client in every round.
+      weigh_by: what a client counts for: its examples, the predictions in its loss, which are the tokens
+        of a language model (so do Reddi et al. 2021, for theirs), or the same as any other.
+      direction: what a step descends instead of the batch's gradient. It has no say over statistics
+        that are not trained.
+      start: (shared, client) -> where training starts; `shared.params` if None.
+      within: shared -> the task of the parameters that are trained; `task` if None.
+
+    Returns:
+      Work whose `shared` has `params` and `rate` as `Shared` has, and whose `finish` returns
+      (Update, Trained).
+
+    Raises:
+      UserError: an unknown weigh_by.
+    """
+    if weigh_by not in ("examples", "tokens", "uniform"):
+        raise UserError(f"weigh_by must be 'examples', 'tokens' or 'uniform', got {weigh_by!r}")
+    optimizer = carrying_statistics(_with_rate(optimizer))
+
+    def init(shared: Any, client: Clients) -> Training:
+        params = start(shared, client) if start else shared.params
+        return Training(params, optimizer.init(params), zero_sums(task))
+
+    def step(shared: Any, carry: Training, batch: Batch, key: jax.Array) -> Training:
+        params, opt_state, sums = carry
+        grads, batch_sums = gradient(within(shared) if within else task, params, batch, key)
+        if direction:
+            trained, _ = split_statistics(direction(shared, params, grads, batch, key))
+            grads = join_statistics(trained, split_statistics(grads)[1])
+        updates, opt_state = optimizer.update(grads, opt_state, params, rate=shared.rate)
+        params = optax.apply_updates(params, updates)
+        return Training(params, opt_state, jax.tree.map(jnp.add, sums, batch_sums))
+
+    def finish(shared: Any, carry: Training, client: Clients) -> tuple[Update, Trained]:
+        update = jax.tree.map(jnp.subtract, carry.params, shared.params)
+        weights = {
+            "examples": client.num_examples,
+            "tokens": carry.sums["loss"].weights,
+            "uniform": jnp.float32(1),
+        }
+        return Update(update, weights[weigh_by]), Trained(carry.sums, optax.tree.norm(update))
+
+    return ClientWork(init, step, finish)
+
+
+def _with_rate(
+    optimizer: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer with a factor `rate` on its updates."""
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def update(
+        grads: PyTree,
+        state: optax.OptState,
+        params: PyTree | None = None,
+        *,
+        rate: jax.Array | None = None,
+        **extra: Any,
+    ) -> tuple[PyTree, optax.OptState]:
+        updates, state = optimizer.update(grads, state, params, **extra)
+        return updates if rate is None else jax.tree.map(lambda u: rate * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+
+def full_gradient(task: Task) -> ClientWork:
+    """A client's mean gradient at the server's parameters, over a pass that meets every example once.
+
+    Returns:
+      Work whose `shared` has `params`, and whose `finish` returns (Update, the same gradient), weighted
+      alike for all clients.
+
+    Raises:
+      UserError: a task that minimises sums over batches; their gradients depend on the batch's size.
+    """
+    check(
+        not task.sum_loss,
+        "a full gradient is a mean, but this task's loss is a sum over a batch: there is no step "
+        "that it would fit; use an algorithm without full gradients, or a task with a mean loss",
+    )
+
+    def init(shared: Any, client: Clients) -> tuple[PyTree, jax.Array]:
+        return optax.tree.zeros_like(shared.params), jnp.zeros(())
+
+    def step(shared: Any, carry: tuple, batch: Batch, key: jax.Array) -> tuple[PyTree, jax.Array]:
+        total, count = carry
+        grads, sums = gradient(task, shared.params, batch, key)
+        weight = sums["loss"].weights
+        return jax.tree.map(lambda t, g: t + weight * g, total, grads), count + weight
+
+    def finish(shared: Any, carry: tuple, client: Clients) -> tuple[Update, PyTree]:
+        total, count = carry
+        mean = jax.tree.map(lambda t: t / jnp.maximum(count, 1e-12), total)
+        return Update(mean, jnp.float32(1)), mean
+
+    return ClientWork(init, step, finish)
+
+
+def server_step(
+    optimizer: optax.GradientTransformation, update: PyTree, opt_state: PyTree, params: PyTree
+) -> tuple[PyTree, PyTree]:
+    """The server's step, which takes the negated aggregate for its gradient.
+
+    Statistics that are not trained are replaced by the aggregate whatever the optimizer, whose `init` has to
+    be that of `carrying_statistics(optimizer)`.
+
+    Returns:
+      (params, opt_state) after it.
+    """
+    grads = jax.tree.map(jnp.negative, update)
+    updates, opt_state = carrying_statistics(optimizer).update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
 
 
 def zero_sums(task: Task) -> dict[str, Measure]:
-    """Where the training metrics of a client start: the sums that `mean_loss` adds to."""
+    """Where the training metrics of a client start: the sums that `gradient` returns add to them."""
     return {name: Measure(jnp.zeros(()), jnp.zeros(())) for name in ("loss", *task.metrics)}
 
 
-def round_metrics(
-    task: Task,
-    sums: dict[str, Measure],
-    update_norms: jax.Array,
-    update: PyTree,
-) -> dict[str, jax.Array]:
-    """Metrics of a round of local training.
+def round_metrics(task: Task, aggregation: Aggregation) -> tuple[Metrics, Metrics]:
+    """Metrics of a round of local training, for `RoundOutput`.
 
     Args:
       task: what was trained on.
-      sums: training metrics of each client, values and weights of shape (C,).
-      update_norms: (C,) L2 norms of the client updates.
-      update: the aggregate update.
+      aggregation: of work that keeps `Trained`.
 
     Returns:
-      train/* over the cohort's examples, and clients/* with one value per client slot.
+      train/* over the cohort's examples, and clients/* of each client; with the aggregator's.
     """
-    metrics = {}
-    cohort = {name: Measure(*map(jnp.sum, measure)) for name, measure in sums.items()}
-    for group, measures in (("train", cohort), ("clients", sums)):
-        means = {
-            name: values / jnp.maximum(weights, 1e-12)
-            for name, (values, weights) in measures.items()
-        }
-        for name, value in with_derived(task, means).items():
-            metrics[f"{group}/{name}"] = value
-    metrics["clients/update_norm"] = update_norms
-    metrics["train/update_norm"] = optax.tree.norm(update)
-    return metrics
+    trained: Trained = aggregation.each
+    cohort = {name: Measure(*map(jnp.sum, sums)) for name, sums in trained.sums.items()}
+    metrics = {
+        **{f"train/{name}": value for name, value in _with_derived(task, cohort).items()},
+        "train/update_norm": optax.tree.norm(aggregation.update),
+        **aggregation.metrics,
+    }
+    took_part = trained.sums["loss"].weights > 0
+    per_client = {
+        **{f"clients/{name}": value for name, value in _with_derived(task, trained.sums).items()},
+        "clients/update_norm": Measure(trained.norm, took_part.astype(jnp.float32)),
+        **aggregation.per_client,
+    }
+    return metrics, per_client
+
+
+def _with_derived(task: Task, sums: dict[str, Measure]) -> dict[str, Measure]:
+    means = {name: m.values / jnp.maximum(m.weights, 1e-12) for name, m in sums.items()}
+    weight = (sums["loss"].weights > 0).astype(jnp.float32)
+    derived = {
+        name: Measure(weight * derive(means), weight) for name, derive in task.derived.items()
+    }
+    return {**sums, **derived}

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedexp.errors import UserError
+from fedexp.errors import check
 
 ScalarOrSchedule = float | Callable[[jax.Array], jax.Array]
 
@@ -37,12 +37,12 @@ def _checked(optimizer: Callable[..., optax.GradientTransformation]):
 
     @functools.wraps(optimizer)
     def build(learning_rate: ScalarOrSchedule = gin.REQUIRED, *args, **kwargs):
-        if not callable(learning_rate) and not learning_rate >= 0:
-            scope = "/".join([*gin.current_scope(), optimizer.__name__])
-            raise UserError(
-                f"{scope}.learning_rate must not be negative, got {learning_rate}; "
-                "gradients are already descended"
-            )
+        scope = "/".join([*gin.current_scope(), optimizer.__name__])
+        check(
+            callable(learning_rate) or learning_rate >= 0,
+            f"{scope}.learning_rate must not be negative, got {learning_rate}; "
+            "gradients are already descended",
+        )
         return optimizer(learning_rate, *args, **kwargs)
 
     return build

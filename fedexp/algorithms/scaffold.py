@@ -2,27 +2,59 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import gin
 import jax
 import jax.numpy as jnp
 import optax
 
-from fedexp.algorithms.base import Algorithm, ClientWork, RoundOutput
-from fedexp.algorithms.local import round_metrics, zero_sums
-from fedexp.errors import UserError
-from fedexp.tasks import Task, mean_loss
+from fedexp.aggregators import as_aggregator
+from fedexp.algorithms.aggregation import aggregate, init_client
+from fedexp.algorithms.local import (
+    PyTree,
+    full_gradient,
+    local_training,
+    round_metrics,
+    server_step,
+)
+from fedexp.contracts import Aggregator, Algorithm, ClientWork, Cohort, RoundOutput, full_pass
+from fedexp.errors import UserError, check
+from fedexp.tasks import Task, carrying_statistics
 
-PyTree = Any
+
+class Shared(NamedTuple):
+    """What clients are given, x and the server's control variate c; and in a step, c - c_i."""
+
+    params: PyTree
+    control: PyTree
+    correction: PyTree = None
+    rate: None = None
+
+
+class Control(NamedTuple):
+    """A client's control variate, and what option 1 renews it with in this round."""
+
+    old: PyTree
+    renewed: PyTree = None
 
 
 class ServerState(NamedTuple):
-    """Parameters x, the server's control variate c, and the server optimizer's state."""
+    """x and c, and the states of the server optimizer and of the aggregator."""
 
     params: PyTree
     control: PyTree
     opt_state: PyTree
+    aggregator: PyTree
+
+
+class Sent(NamedTuple):
+    """What a client sends: by how much its parameters and its control variate have changed."""
+
+    params: PyTree
+    control: PyTree
 
 
 @gin.configurable
@@ -30,7 +62,9 @@ def scaffold(
     task: Task,
     client_learning_rate: float = gin.REQUIRED,
     server_optimizer: optax.GradientTransformation | None = None,
+    aggregator: Aggregator | Sequence[Aggregator] | None = None,
     option: int = 2,
+    full_batch_size: int = 128,
 ) -> Algorithm:
     """Algorithm 1 of SCAFFOLD (Karimireddy et al. 2020, arXiv:1910.06378).
 
@@ -42,80 +76,91 @@ def scaffold(
       client_learning_rate: eta_l.
       server_optimizer: takes the negated mean update as its gradient; SGD(1.0), the paper's eta_g = 1, if
         None.
-      option: how c_i is renewed. 1: the client's mean gradient at the server's parameters, which costs a
-        second pass; 2: c_i - c + (x - y_i) / (K eta_l), from what the local steps computed anyway.
+      aggregator: of both that a client sends, parameters and control variate together; `mean()` if None.
+      option: how c_i is renewed. 1: the client's full gradient at the server's parameters, which costs a
+        pass of its own; 2: c_i - c + (x - y_i) / (K eta_l), from what the local steps computed anyway.
+      full_batch_size: examples a step of option 1's pass.
 
     Raises:
       UserError: an option other than 1 or 2, or a learning rate that is not positive.
     """
     if option not in (1, 2):
         raise UserError(f"scaffold.option must be 1 or 2, got {option}")
-    if not client_learning_rate > 0:
-        raise UserError(
-            f"scaffold.client_learning_rate must be positive, got {client_learning_rate}"
-        )
+    check(
+        client_learning_rate > 0,
+        f"scaffold.client_learning_rate must be positive, got {client_learning_rate}",
+    )
     server_optimizer = server_optimizer or optax.sgd(1.0)
-    gradient = jax.grad(mean_loss, argnums=1, has_aux=True)
+    aggregator = as_aggregator(aggregator)
 
-    def init(params):
-        return ServerState(params, optax.tree.zeros_like(params), server_optimizer.init(params))
+    def direction(shared, params, grads, batch, key):
+        return jax.tree.map(jnp.add, grads, shared.correction)
 
-    def gradient_init(shared, client):
-        params, _ = shared
-        return optax.tree.zeros_like(params), jnp.zeros(())
+    training = local_training(task, optax.sgd(client_learning_rate), "uniform", direction)
 
-    def gradient_step(shared, carry, batch, key):
-        params, _ = shared
-        total, count = carry
-        grads, _ = gradient(task, params, *batch, key)
-        examples = batch.mask.sum()
-        return jax.tree.map(lambda sum_, g: sum_ + examples * g, total, grads), count + examples
+    def client_init(shared, client):
+        correction = jax.tree.map(jnp.subtract, shared.control, client.state.own.old)
+        return correction, training.init(shared, client)
 
-    def gradient_finish(shared, carry, client):
-        total, count = carry
-        control = jax.tree.map(lambda sum_: sum_ / count, total)
-        return jax.tree.map(jnp.subtract, control, client.state), control
+    def client_step(shared, carry, batch, key):
+        correction, trained = carry
+        shared = shared._replace(correction=correction)
+        return correction, training.step(shared, trained, batch, key)
 
-    def train_init(shared, client):
-        params, control = shared
-        correction = jax.tree.map(jnp.subtract, control, client.state)
-        return params, correction, zero_sums(task)
-
-    def train_step(shared, carry, batch, key):
-        params, correction, sums = carry
-        grads, batch_sums = gradient(task, params, *batch, key)
-        params = jax.tree.map(
-            lambda y, g, d: y - client_learning_rate * (g + d), params, grads, correction
+    def client_finish(shared, carry, client):
+        correction, trained = carry
+        update, trained = training.finish(shared, trained, client)
+        control, renewed = client.state.own
+        if option == 2:
+            scale = 1 / (client_learning_rate * client.num_steps)
+            # c_i+ = c_i - c - (y_i - x) / (K eta_l), and correction = c - c_i.
+            renewed = jax.tree.map(lambda u, d: -scale * u - d, update.value, correction)
+        change = jax.tree.map(jnp.subtract, renewed, control)
+        return (
+            update._replace(value=Sent(update.value, change)),
+            trained._replace(own=Control(renewed)),
         )
-        return params, correction, jax.tree.map(jnp.add, sums, batch_sums)
 
-    def train_finish(shared, carry, client):
-        server_params, _ = shared
-        params, correction, sums = carry
-        update = jax.tree.map(jnp.subtract, params, server_params)
-        scale = 1 / (client_learning_rate * client.num_steps)
-        # c_i+ - c_i = -c - update / (K eta_l), and correction = c - c_i.
-        control = jax.tree.map(lambda u, d: -scale * u - d, update, correction)
-        change = jax.tree.map(jnp.subtract, control, client.state)
-        return (update, change), (control, sums, optax.tree.norm(update))
+    work = ClientWork(client_init, client_step, client_finish)
 
-    gradient_work = ClientWork(gradient_init, gradient_step, gradient_finish)
-    train_work = ClientWork(train_init, train_step, train_finish)
+    def init(params, key):
+        del key
+        return ServerState(
+            params,
+            optax.tree.zeros_like(params),
+            carrying_statistics(server_optimizer).init(params),
+            aggregator.init(Sent(params, params)),
+        )
 
     def round_(state, cohort, for_each_client):
-        shared = (state.params, state.control)
-        (total, change), (controls, sums, norms) = for_each_client(train_work, shared, cohort)
         if option == 1:
-            change, controls = for_each_client(gradient_work, shared, cohort)
-        control = jax.tree.map(lambda c, d: c + d / cohort.population, state.control, change)
-        update = jax.tree.map(lambda sum_: sum_ / cohort.size, total)
-        grads = jax.tree.map(jnp.negative, update)
-        updates, opt_state = server_optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return RoundOutput(
-            ServerState(params, control, opt_state),
-            round_metrics(task, sums, norms, update),
-            controls,
+            _, gradients = for_each_client(full_gradient(task), state, cohort, "full")
+            cohort = renewing(cohort, gradients)
+        shared = Shared(state.params, state.control)
+        sent = aggregate(for_each_client, aggregator, state.aggregator, work, shared, cohort)
+        share = cohort.size / cohort.population
+        control = jax.tree.map(lambda c, d: c + share * d, state.control, sent.update.control)
+        params, opt_state = server_step(
+            server_optimizer, sent.update.params, state.opt_state, state.params
         )
+        metrics = round_metrics(task, sent._replace(update=sent.update.params))
+        state = ServerState(params, control, opt_state, sent.state)
+        return RoundOutput(state, *metrics, sent.states(sent.each.own))
 
-    return Algorithm(init, round_, init_client_state=optax.tree.zeros_like)
+    return Algorithm(
+        init,
+        round_,
+        init_client(
+            aggregator,
+            own=lambda params: Control(optax.tree.zeros_like(params)),
+            sent=lambda params: Sent(params, params),
+        ),
+        passes={"full": full_pass(full_batch_size)} if option == 1 else {},
+    )
+
+
+def renewing(cohort: Cohort, gradients: PyTree) -> Cohort:
+    """The cohort, its clients' control variates side by side with those that replace them."""
+    state = cohort.clients.state
+    state = state._replace(own=state.own._replace(renewed=gradients))
+    return dataclasses.replace(cohort, clients=dataclasses.replace(cohort.clients, state=state))

@@ -14,8 +14,10 @@ from fedexp.data.partition import from_arrays as from_arrays
 from fedexp.data.partition import iid as iid
 from fedexp.data.partition import pachinko as pachinko
 from fedexp.data.partition import shards as shards
+from fedexp.data.samplers import Sample as Sample
 from fedexp.data.samplers import Sampler as Sampler
 from fedexp.data.samplers import fixed as fixed
+from fedexp.data.samplers import hold_out as hold_out
 from fedexp.data.samplers import poisson as poisson
 from fedexp.data.samplers import uniform as uniform
 from fedexp.data.shakespeare import shakespeare as shakespeare

@@ -52,8 +52,8 @@ class ClientBatching:
                 f"ClientBatching.remainder must be 'mask', 'drop' or 'fill', got {self.remainder!r}"
             )
 
-    def used(self, sizes: np.ndarray) -> np.ndarray:
-        """How many examples clients of these sizes train on; the other methods take these numbers."""
+    def limited(self, sizes: np.ndarray) -> np.ndarray:
+        """How many examples of clients of these sizes count; the other methods take these numbers."""
         return sizes if self.max_examples is None else np.minimum(sizes, self.max_examples)
 
     def num_steps(self, sizes: np.ndarray) -> np.ndarray:

@@ -6,18 +6,33 @@ as an uninterrupted one. In a gin file: `train.sampler = @uniform()`, `uniform.c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import gin
 import numpy as np
 
 from fedexp.errors import UserError
+from fedexp.streams import Stream, generator
 
-_STREAM = 0xC04027  # Tells these draws from others that start from the same seed.
+
+class Sample(NamedTuple):
+    """The cohort of a round.
+
+    Attributes:
+      clients: (num_sampled,) int64 client indices, without duplicates.
+      inputs: name -> (num_sampled, ...) int32, float32 or bool, what an algorithm is told of each client
+        (`client.inputs`), as its staleness, its domain or a learning rate.
+      infos: name -> number, what TensorBoard is told of the round, as simulated seconds.
+    """
+
+    clients: np.ndarray
+    inputs: Mapping[str, np.ndarray] = types.MappingProxyType({})
+    infos: Mapping[str, float] = types.MappingProxyType({})
 
 
-class Sample(Protocol):
+class Draw(Protocol):
     """Samples the cohort of a round.
 
     Args:
@@ -25,14 +40,11 @@ class Sample(Protocol):
       seed: of the run, not negative.
       round: of the run, not negative.
 
-    Returns:
-      Client indices, (num_sampled,) int64, without duplicates.
-
     Raises:
       UserError: a cohort that the population cannot give.
     """
 
-    def __call__(self, client_ids: Sequence[str], seed: int, round: int) -> np.ndarray: ...
+    def __call__(self, client_ids: Sequence[str], seed: int, round: int) -> Sample: ...
 
 
 class Sampler(NamedTuple):
@@ -41,10 +53,15 @@ class Sampler(NamedTuple):
     Attributes:
       cohort_size: how many clients a round samples, on average.
       sample: samples the cohort of a round.
+      held_out: client_ids -> (num_clients,) bool, who never takes part; None if nobody is held out.
+
+    >>> uniform(3).sample([str(i) for i in range(10)], seed=0, round=0).clients.tolist()
+    [1, 2, 6]
     """
 
     cohort_size: float
-    sample: Sample
+    sample: Draw
+    held_out: Callable[[Sequence[str]], np.ndarray] | None = None
 
 
 @gin.configurable
@@ -55,13 +72,15 @@ def uniform(cohort_size: int = 10) -> Sampler:
     """
     _check_positive("cohort_size", cohort_size)
 
-    def sample(client_ids: Sequence[str], seed: int, round: int) -> np.ndarray:
+    def sample(client_ids: Sequence[str], seed: int, round: int) -> Sample:
         if cohort_size > len(client_ids):
             raise UserError(
                 f"a cohort of {cohort_size} clients cannot be sampled from {len(client_ids)}; "
                 "lower uniform.cohort_size"
             )
-        return _choose(_rng(seed, round), len(client_ids), cohort_size)
+        return Sample(
+            _choose(generator(Stream.SAMPLING, seed, round), len(client_ids), cohort_size)
+        )
 
     return Sampler(cohort_size, sample)
 
@@ -71,12 +90,12 @@ def poisson(expected_cohort_size: float) -> Sampler:
     """Samples every client independently, with probability expected_cohort_size / num_clients.
 
     This is the sampling that privacy amplification by subsampling is proved for (Abadi et al.,
-    2016). The cohort's size varies and may be 0: the trainer skips such a round, and redrawing it
+    2016). The cohort's size varies and may be 0: such a round is run like any other, and redrawing it
     would void the privacy guarantee.
     """
     _check_positive("expected_cohort_size", expected_cohort_size)
 
-    def sample(client_ids: Sequence[str], seed: int, round: int) -> np.ndarray:
+    def sample(client_ids: Sequence[str], seed: int, round: int) -> Sample:
         num_clients = len(client_ids)
         if expected_cohort_size > num_clients:
             raise UserError(
@@ -84,10 +103,9 @@ def poisson(expected_cohort_size: float) -> Sampler:
                 f"{num_clients}; lower poisson.expected_cohort_size"
             )
         # A binomial count, then a uniform cohort of that size: independent inclusion, in O(cohort).
-        rng = _rng(seed, round)
-        return _choose(
-            rng, num_clients, rng.binomial(num_clients, expected_cohort_size / num_clients)
-        )
+        rng = generator(Stream.SAMPLING, seed, round)
+        size = rng.binomial(num_clients, expected_cohort_size / num_clients)
+        return Sample(_choose(rng, num_clients, size))
 
     return Sampler(expected_cohort_size, sample)
 
@@ -104,12 +122,46 @@ def fixed(cohorts: Sequence[Sequence[int | str]]) -> Sampler:
             f"fixed.cohorts needs one cohort or more, none of them empty, got {cohorts}"
         )
 
-    def sample(client_ids: Sequence[str], seed: int, round: int) -> np.ndarray:
+    def sample(client_ids: Sequence[str], seed: int, round: int) -> Sample:
         del seed
         number = round % len(cohorts)
-        return _indices(cohorts[number], client_ids, f"fixed.cohorts[{number}]")
+        return Sample(_indices(cohorts[number], client_ids, f"fixed.cohorts[{number}]"))
 
     return Sampler(float(np.mean([len(cohort) for cohort in cohorts])), sample)
+
+
+@gin.configurable
+def hold_out(sampler: Sampler, fraction: float = 0.1, seed: int = 0) -> Sampler:
+    """Keeps a part of the clients out of training altogether, for evaluations on clients never seen.
+
+    Args:
+      sampler: draws cohorts from the others.
+      fraction: of the clients, at least one.
+      seed: of the choice, which does not depend on the run's seed.
+
+    Raises:
+      UserError: a fraction outside (0, 1).
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"hold_out.fraction must be between 0 and 1, got {fraction}")
+
+    known: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # By the size of the population.
+
+    def held_out(client_ids: Sequence[str]) -> np.ndarray:
+        count = max(1, int(fraction * len(client_ids)))
+        mask = np.zeros(len(client_ids), bool)
+        mask[_choose(generator(Stream.HELD_OUT, seed), len(client_ids), count)] = True
+        return mask
+
+    def sample(client_ids: Sequence[str], seed: int, round: int) -> Sample:
+        if len(client_ids) not in known:
+            taking_part = np.flatnonzero(~held_out(client_ids))
+            known[len(client_ids)] = taking_part, np.asarray(client_ids)[taking_part]
+        taking_part, ids = known[len(client_ids)]
+        drawn = sampler.sample(ids, seed, round)
+        return drawn._replace(clients=taking_part[drawn.clients])
+
+    return Sampler(sampler.cohort_size, sample, held_out)
 
 
 def _indices(cohort: Sequence[int | str], client_ids: Sequence[str], where: str) -> np.ndarray:
@@ -128,10 +180,6 @@ def _indices(cohort: Sequence[int | str], client_ids: Sequence[str], where: str)
     if len(set(indices)) != len(indices):
         raise UserError(f"{where} names a client more than once: {list(cohort)}")
     return np.array(indices, np.int64)
-
-
-def _rng(seed: int, round: int) -> np.random.Generator:
-    return np.random.default_rng([_STREAM, seed, round])
 
 
 def _choose(rng: np.random.Generator, num_clients: int, size: int) -> np.ndarray:

@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fedexp.algorithms.base import Clients, ClientWork
+from fedexp.contracts import Clients, ClientWork
 from fedexp.data import Batch
-from fedexp.strategies.schedule import Schedule
+from fedexp.engine.schedule import Schedule
+from fedexp.streams import Stream, derive
 
 PyTree = Any
 
 
 class DeviceWork(NamedTuple):
-    """A device's share of a round.
+    """A device's share of a pass.
 
     Attributes:
       schedule: of its clients.
       examples: name -> (num_rows, ...), what `schedule.rows` points into.
-      clients: its client slots.
+      clients: its client slots; a client's `key` is the parent of all its keys.
     """
 
     schedule: Schedule
     examples: dict[str, jax.Array]
     clients: Clients
+
+
+def as_given(client: Clients) -> Clients:
+    """The client as `init` and `finish` see it, with a key to draw from."""
+    return dataclasses.replace(client, key=derive(client.key, Stream.CLIENT))
+
+
+def step_keys(client: Clients) -> jax.Array:
+    """What `fold_in` of a local step's number makes the step's key of."""
+    return jax.random.fold_in(client.key, int(Stream.STEP))
 
 
 def take_batch(examples: dict[str, jax.Array], rows: jax.Array) -> Batch:
@@ -66,9 +78,9 @@ def run_clients(
     over_lanes = jax.vmap if several else lambda function: function
     if not several:
         schedule = schedule.without_lanes()
-    init = over_lanes(lambda client: work.init(shared, client))
+    init = over_lanes(lambda client: work.init(shared, as_given(client)))
     step = over_lanes(lambda carry, batch, key: work.step(shared, carry, batch, key))
-    finish = over_lanes(lambda carry, client: work.finish(shared, carry, client))
+    finish = over_lanes(lambda carry, client: work.finish(shared, carry, as_given(client)))
 
     def lane_clients(slots: jax.Array) -> Clients:
         return jax.tree.map(lambda leaf: jnp.take(leaf, slots, axis=0, mode="clip"), clients)
@@ -78,9 +90,10 @@ def run_clients(
         begin, end = schedule.bounds[s], schedule.bounds[s + 1]
         slots, starts, ends = schedule.slots[s], schedule.starts[s], schedule.ends[s]
         client = lane_clients(slots)
+        parents = over_lanes(step_keys)(client)
 
         def one_step(t, carry):
-            keys = over_lanes(jax.random.fold_in)(client.key, t - starts)
+            keys = over_lanes(jax.random.fold_in)(parents, t - starts)
 
             def of_size(size):
                 rows = schedule.rows[t, ..., :size]

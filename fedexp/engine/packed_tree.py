@@ -19,7 +19,7 @@ Layout = tuple[tuple[tuple[tuple[int, ...], np.dtype], ...], Any]
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["flat"], meta_fields=["layout"])
 @dataclasses.dataclass(frozen=True)
 class PackedTree:
-    """Arrays (D, ...) of int32 or bool, side by side.
+    """Arrays (D, ...) of int32, float32 or bool, side by side.
 
     Attributes:
       flat: (D, n) int32.
@@ -34,7 +34,7 @@ class PackedTree:
         """Packs D trees of NumPy arrays that are alike in all but their values."""
         structure = jax.tree.structure(trees[0])
         rows = [jax.tree.leaves(tree) for tree in trees]
-        flat = [np.concatenate([leaf.ravel() for leaf in row], dtype=np.int32) for row in rows]
+        flat = [np.concatenate([_as_int32(leaf) for leaf in row]) for row in rows]
         layout = tuple((leaf.shape, leaf.dtype) for leaf in rows[0])
         return cls(np.stack(flat), (layout, structure))
 
@@ -44,6 +44,17 @@ class PackedTree:
         ends = np.cumsum([math.prod(shape) for shape, _ in shapes])
         parts = jax.numpy.split(self.flat, ends[:-1], axis=1)
         return structure.unflatten(
-            part.reshape(len(part), *shape).astype(dtype)
+            _as_stored(part, dtype).reshape(len(part), *shape)
             for part, (shape, dtype) in zip(parts, shapes, strict=True)
         )
+
+
+def _as_int32(leaf: np.ndarray) -> np.ndarray:
+    flat = leaf.ravel()
+    return flat.view(np.int32) if flat.dtype == np.float32 else flat.astype(np.int32, copy=False)
+
+
+def _as_stored(part: jax.Array, dtype: np.dtype) -> jax.Array:
+    if dtype == np.float32:
+        return jax.lax.bitcast_convert_type(part, np.float32)
+    return part.astype(dtype)

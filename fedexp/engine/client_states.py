@@ -21,7 +21,7 @@ class ClientStates:
 
     def __init__(self, first: PyTree, own: range):
         self._own = own
-        leaves, self._treedef = jax.tree.flatten(first)
+        leaves, self._treedef = jax.tree.flatten(jax.device_get(first))
         self._first = [np.asarray(leaf) for leaf in leaves]
         self._rows: dict[int, list[np.ndarray]] = {}
 

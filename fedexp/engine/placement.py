@@ -88,8 +88,12 @@ class Placement:
         sharding = NamedSharding(self.mesh, _WHOLE)
 
         # Not device_put: between processes it compares the values, which is a collective.
-        def put(leaf: np.ndarray) -> jax.Array:
-            array = np.asarray(leaf)
+        def put(leaf: jax.typing.ArrayLike) -> jax.Array:
+            if jax.dtypes.issubdtype(jax.numpy.result_type(leaf), jax.dtypes.prng_key):
+                return jax.random.wrap_key_data(
+                    put(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf)
+                )
+            array = np.array(leaf)  # A copy, because rounds may donate it.
             return jax.make_array_from_process_local_data(sharding, array, array.shape)
 
         return jax.tree.map(put, tree)

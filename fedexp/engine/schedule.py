@@ -62,7 +62,7 @@ def pack(
 
     Args:
       batches: (steps of all, B) int, client by client; -1 is padding, and last.
-      lengths: (num_clients,) int64, the steps of each client.
+      lengths: (num_clients,) int64, the steps of each client; one without any is left out.
       lane_of: (num_clients,) int, the lane of each client.
       start_of: (num_clients,) int, its first step; lanes run their clients without a gap.
       lanes: L.
@@ -76,6 +76,7 @@ def pack(
     fullest = (rows >= 0).sum(axis=2).max(axis=1)
     widths = np.searchsorted(batch_sizes, fullest).astype(np.int32)
 
+    ran = lengths > 0
     edges = np.unique(np.concatenate([[0], end_of]))
     num_segments = len(edges) - 1
     bounds = np.full(slots + 1, edges[-1], np.int32)
@@ -87,7 +88,7 @@ def pack(
     client = np.repeat(np.arange(len(lengths)), last - first)
     place = consecutive(first, last - first), lane_of[client]
     slot[place], starts[place] = client, start_of[client]
-    ends[last - 1, lane_of] = True
+    ends[last[ran] - 1, lane_of[ran]] = True
     return Schedule(rows, widths, bounds, slot, starts, ends, np.int32(num_segments))
 
 
@@ -95,7 +96,7 @@ def assign(lengths: Sequence[int], lanes: int) -> tuple[np.ndarray, np.ndarray]:
     """Longest-processing-time-first scheduling (Graham 1969): at most 4/3 of the shortest makespan.
 
     Args:
-      lengths: steps of each client, all at least 1.
+      lengths: steps of each client.
       lanes: number of lanes.
 
     Returns:

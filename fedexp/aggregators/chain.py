@@ -1,0 +1,72 @@
+"""Aggregators one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedexp.aggregators.mean import mean
+from fedexp.contracts import Aggregated, Aggregator, Cohort, PyTree, Sent, Update
+from fedexp.errors import UserError
+from fedexp.streams import Stream, derive
+
+
+def chain(*links: Aggregator) -> Aggregator:
+    """Client halves from left to right, then the last link reduces, then server halves from right to left.
+
+    In a gin file, where an aggregator is wanted, a list is a chain:
+    `fedavg.aggregator = [@clip_by_norm(), @gaussian_noise(), @mean()]`.
+
+    >>> chain(clip_by_norm(1.0), mean()).reduces
+    True
+
+    Raises:
+      UserError: no links, a last one that does not reduce, or one before it that does.
+    """
+    if not links or not links[-1].reduces or any(link.reduces for link in links[:-1]):
+        raise UserError(
+            "the last link of a chain, and no other, must make one update of many, as mean() does; "
+            f"got {[link.reduces for link in links]} for `reduces`"
+        )
+
+    def init(value: PyTree) -> PyTree:
+        return tuple(link.init(value) for link in links)
+
+    def init_client(value: PyTree) -> PyTree:
+        return tuple(link.init_client(value) if link.init_client else None for link in links)
+
+    def client(state: PyTree, update: Update, client_state: PyTree, key) -> Sent:
+        sent, metrics = [], {}
+        for i, link in enumerate(links):
+            own = None if client_state is None else client_state[i]
+            sent.append(link.client(state[i], update, own, derive(key, Stream.AGGREGATION, i)))
+            update = sent[-1].update
+            metrics.update(sent[-1].metrics)
+        return Sent(
+            total=tuple(one.total for one in sent),
+            each=tuple(one.each for one in sent),
+            state=None if client_state is None else tuple(one.state for one in sent),
+            metrics=metrics,
+        )
+
+    def server(state: PyTree, total: PyTree, each: PyTree, later: PyTree, cohort: Cohort, key):
+        states, metrics = [], {}
+        for i in reversed(range(len(links))):
+            link_key = derive(key, Stream.AGGREGATION, i)
+            result = links[i].server(state[i], total[i], each[i], later, cohort, link_key)
+            later = result.update
+            states.append(result.state)
+            metrics = {
+                **result.metrics,
+                **metrics,
+            }  # What a later link says of the same thing holds.
+        return Aggregated(later, tuple(reversed(states)), metrics)
+
+    has_client_state = any(link.init_client for link in links)
+    return Aggregator(client, server, init, init_client if has_client_state else None, reduces=True)
+
+
+def as_aggregator(given: Aggregator | Sequence[Aggregator] | None) -> Aggregator:
+    """What an algorithm makes of its argument: the mean of None, a chain of a sequence."""
+    if given is None:
+        return mean()
+    return given if isinstance(given, Aggregator) else chain(*given)

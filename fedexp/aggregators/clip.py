@@ -1,0 +1,37 @@
+"""Client updates of bounded norm."""
+
+from __future__ import annotations
+
+import gin
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedexp.contracts import Aggregated, Aggregator, Sent
+from fedexp.errors import check
+
+
+@gin.configurable
+def clip_by_norm(norm: float = gin.REQUIRED) -> Aggregator:
+    """Scales every update of a larger L2 norm, over all its arrays, down to `norm`.
+
+    So do McMahan et al. 2018 (arXiv:1710.06963) before noise, and Sun et al. 2019 (arXiv:1911.07963) against
+    attackers. `aggregate/clipped_fraction` is the share of the cohort whose update was scaled.
+
+    Raises:
+      UserError: a norm that is not positive.
+    """
+    check(norm > 0, f"clip_by_norm.norm must be positive, got {norm}")
+
+    def client(state, update, client_state, key):
+        del client_state, key
+        length = optax.tree.norm(update.value)
+        factor = jnp.minimum(1.0, norm / jnp.maximum(length, 1e-12))
+        value = jax.tree.map(lambda leaf: factor * leaf, update.value)
+        return Sent(update._replace(value=value), total=(length > norm).astype(jnp.float32))
+
+    def server(state, total, each, later, cohort, key):
+        del each, key
+        return Aggregated(later, state, {"clipped_fraction": total / jnp.maximum(cohort.size, 1)})
+
+    return Aggregator(client, server)

@@ -1,0 +1,236 @@
+"""Runs prepared rounds on the devices of a strategy."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedexp.compiling import Compilations, jit, release_memory, run_once
+from fedexp.contracts import TRAIN, Clients, ClientWork, Cohort, RoundOutput
+from fedexp.engine.client_states import ClientStates
+from fedexp.engine.loop import DeviceWork
+from fedexp.engine.preparing import DeviceInputs, PreparedRound, Preparer
+from fedexp.engine.strategy import Strategy
+from fedexp.streams import Stream, derive
+
+PyTree = Any
+Round = Callable[[PyTree, Cohort, "ForEachClient"], RoundOutput]
+_LONG_COMPILATION = 1.0  # Seconds; a shorter one leaves little memory behind.
+
+
+class Population(NamedTuple):
+    """Whom cohorts are drawn from: (expected cohort size, number of clients)."""
+
+    expected_size: float
+    num_clients: int
+
+
+class Runner:
+    """Runs rounds, one dispatch each; calls return before the devices are done.
+
+    With several processes, all make the same calls.
+
+    Args:
+      strategy: where rounds run.
+      round_: (state, cohort, for_each_client) -> RoundOutput; what an algorithm does, or an evaluation.
+      preparer: what prepares its rounds.
+      population: whom cohorts are drawn from.
+      client_states: taken from and put back into, for this process's clients; None if there are none.
+      root: the key that everything random in the rounds derives from.
+      donate: whether a call may use up the state it is given.
+      client_ids: of the data set, for error messages.
+
+    Attributes:
+      compilations: programs that calls have had compiled, or fetched from the cache folder.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        round_: Round,
+        preparer: Preparer,
+        population: Population,
+        *,
+        root: jax.Array,
+        client_ids: np.ndarray,
+        client_states: ClientStates | None = None,
+        donate: bool = True,
+    ):
+        self._strategy = strategy
+        self._placement = strategy.placement
+        self._round = round_
+        self._preparer = preparer
+        self._population = population
+        self._client_ids = client_ids
+        self._client_states = client_states
+        self._root = np.asarray(jax.random.key_data(root))
+        self._root_type = jax.random.key_impl(root)
+        self._compilations = Compilations()
+        self._program = self._interpreted
+        if strategy.compiled:
+            self._program = jit(self._traced, donate_argnums=0 if donate else ())
+
+    @property
+    def compilations(self) -> int:
+        return self._compilations.count
+
+    def run(
+        self, state: PyTree, prepared: PreparedRound, note: int = 0
+    ) -> tuple[RoundOutput, jax.Array | None]:
+        """Runs a round.
+
+        Args:
+          state: the server's; used up by the call if `donate`, but for an attribute `frozen`.
+          prepared: the round.
+          note: a number that this process has for the others.
+
+        Returns:
+          What the round leaves behind, without client states; and, with several processes, () int32, the
+          highest note, which all know after the same round.
+        """
+        frozen = getattr(state, "frozen", None)
+        state = _without_frozen(state)
+        header = np.array([prepared.round, len(prepared.clients)], np.int32)
+        notes = None
+        if self._placement.num_processes > 1:
+            notes = self._placement.split(np.full(len(self._placement.local), note, np.int32))
+        own = rows = states = None
+        if self._client_states is not None:
+            rows = prepared.slots - prepared.num_slots * self._placement.local[0]
+            own = (rows >= 0) & (rows < prepared.num_slots * len(self._placement.local))
+            shape = (len(self._placement.local), prepared.num_slots)
+            states = self._client_states.gather(prepared.clients[own], rows[own], shape)
+            states = self._placement.split(states)
+        arguments = (header, self._root, prepared.by_device, prepared.examples, states, notes)
+        output, noted = self._call(state, frozen, *arguments)
+        if self._client_states is not None and output.client_states is not None:
+            new_states = self._placement.own_rows(output.client_states)
+            self._client_states.scatter(prepared.clients[own], rows[own], new_states)
+        if frozen is not None:
+            output = output._replace(state=output.state._replace(frozen=frozen))
+        return output._replace(client_states=None), noted
+
+    def _call(self, *args: PyTree) -> tuple[RoundOutput, jax.Array | None]:
+        before, start = self.compilations, time.perf_counter()
+        with self._compilations.counted():
+            output = self._program(*args)
+        if self.compilations > before and time.perf_counter() - start > _LONG_COMPILATION:
+            release_memory()
+        return output
+
+    def _traced(self, *args: PyTree) -> tuple[RoundOutput, jax.Array | None]:
+        output, noted = self._body(*args)
+        kept = (output.state, dict(output.metrics), dict(output.per_client), noted)
+        state, metrics, per_client, noted = self._placement.keep_replicated(kept)
+        return RoundOutput(state, metrics, per_client, output.client_states), noted
+
+    def _interpreted(self, *args: PyTree) -> tuple[RoundOutput, jax.Array | None]:
+        try:
+            return self._body(*args)
+        except Exception as error:
+            _, _, header, _, by_device, *_ = args
+            round_, size = header.tolist()
+            clients = np.asarray(by_device.unpack().index).ravel()[:size]
+            ids = {int(client): str(self._client_ids[client]) for client in clients}
+            error.add_note(f"in round {round_}, whose clients are {ids}")
+            raise
+
+    def _body(
+        self, state, frozen, header, root, by_device, examples, client_states, notes
+    ) -> tuple[RoundOutput, jax.Array | None]:
+        if frozen is not None:
+            state = state._replace(frozen=frozen)
+        device: DeviceInputs = by_device.unpack()
+        root = jax.random.wrap_key_data(root, impl=self._root_type)
+        key = derive(root, Stream.ROUND, header[0])
+        for_each_client = ForEachClient(self._strategy, self._preparer, device, examples, key)
+        first = next(iter(device.passes.values()))
+        clients = Clients(
+            index=device.index,
+            num_examples=first.num_examples,
+            num_steps=first.num_steps,
+            inputs=device.inputs,
+            state=client_states,
+        )
+        cohort = Cohort(
+            round=header[0],
+            size=header[1],
+            real=(device.index >= 0).reshape(-1),
+            clients=_flat(clients),
+            key=derive(key, Stream.SERVER),
+            aggregation_key=key,
+            expected_size=self._population.expected_size,
+            population=self._population.num_clients,
+        )
+        output = self._round(state, cohort, for_each_client)
+        output = output._replace(state=_without_frozen(output.state))
+        return output, None if notes is None else notes.max()
+
+
+class ForEachClient:
+    """`contracts.ForEachClient` for one round; see there."""
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        preparer: Preparer,
+        device: DeviceInputs,
+        examples: dict[str, dict[str, jax.Array]],
+        key: jax.Array,
+    ):
+        self.calls = 0
+        self._strategy = strategy
+        self._preparer = preparer
+        self._device = device
+        self._examples = examples
+        self._key = key
+
+    def __call__(
+        self, work: ClientWork, shared: PyTree, cohort: Cohort, pass_: str = TRAIN
+    ) -> tuple[PyTree, PyTree]:
+        batch_sizes = self._preparer.batch_sizes(pass_)
+        inputs = self._device.passes[pass_]
+        parent = derive(self._key, Stream.CALL, self.calls)
+        parent = jax.random.fold_in(parent, int(Stream.CLIENT))
+        self.calls += 1
+        shape = self._device.index.shape
+        clients = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), cohort.clients)
+        clients = dataclasses.replace(
+            clients,
+            num_examples=inputs.num_examples,
+            num_steps=inputs.num_steps,
+            key=jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))(parent, clients.index),
+        )
+        run_clients = self._strategy.run_clients
+        total, each = self._strategy.placement.run(
+            lambda shared, part: run_clients(work, shared, part, batch_sizes),
+            shared,
+            DeviceWork(inputs.schedule, self._examples[self._preparer.split_of(pass_)], clients),
+        )
+        return total, _flat(each)
+
+
+def first_state(init: Callable[..., PyTree], *args: PyTree) -> PyTree:
+    """What `init(*args)` returns, without weak types: a restored state has none, and compiles alike."""
+
+    def strong(leaf: jax.typing.ArrayLike) -> jax.Array:
+        dtype = jnp.result_type(leaf)
+        if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+            return leaf
+        return jax.lax.convert_element_type(leaf, dtype)
+
+    return run_once(lambda *args: jax.tree.map(strong, init(*args)), *args)
+
+
+def _flat(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
+
+
+def _without_frozen(state: PyTree) -> PyTree:
+    return state._replace(frozen=None) if hasattr(state, "frozen") else state

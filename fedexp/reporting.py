@@ -1,0 +1,375 @@
+"""What a run tells while it goes, and to whom: observers, chosen by binding `train.observers`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import gin
+import jax
+import numpy as np
+
+from fedexp import config, paths, progress, runtime
+from fedexp.errors import UserError
+from fedexp.evaluation import Evaluation
+from fedexp.session import Round, Session, row
+from fedexp.summaries import Writer, confusion_image, image_grid
+
+PyTree = Any
+
+
+class RoundReport(NamedTuple):
+    """A round that is done.
+
+    Attributes:
+      number: finished rounds.
+      metrics: name -> number.
+      arrays: name -> array of the round.
+      per_client: name -> (cohort size,) number of each client, NaN where it has none.
+      perf: 'perf/<name>' -> number, how long it took and the like.
+    """
+
+    number: int
+    metrics: dict[str, float]
+    arrays: dict[str, np.ndarray]
+    per_client: dict[str, np.ndarray]
+    perf: dict[str, float]
+
+
+class EvaluationReport(NamedTuple):
+    """The evaluations after a round.
+
+    Attributes:
+      number: finished rounds.
+      row: the round, its training metrics and all results: what the history keeps.
+      results: group -> result.
+      last_round: the report of the round.
+      seconds: that they took.
+    """
+
+    number: int
+    row: dict[str, float]
+    results: dict[str, Evaluation]
+    last_round: RoundReport | None
+    seconds: float
+
+
+class Observer:
+    """Someone who is told how a run goes. Every method may be left as it is, which does nothing.
+
+    Of several processes, only the first one has observers. One object may observe several runs, one after
+    another: what it needs for one it makes in `begin`.
+    """
+
+    def begin(self, session: Session, workdir: str | os.PathLike | None, done: int) -> None:
+        """A run begins, or goes on after `done` rounds; everything is built."""
+
+    def say(self, message: str) -> None:
+        """Something in words."""
+
+    def round(self, report: RoundReport) -> None:
+        """A round is done."""
+
+    def evaluation(self, report: EvaluationReport) -> None:
+        """Evaluations are done."""
+
+    def close(self) -> None:
+        """The run ends, in whatever way."""
+
+
+@gin.configurable("tensorboard")
+class TensorBoard(Observer):
+    """Summaries for TensorBoard in the workdir; nothing without one."""
+
+    def __init__(self) -> None:
+        self._writer: Writer | None = None
+
+    def begin(self, session: Session, workdir: str | os.PathLike | None, done: int) -> None:
+        if workdir is None:
+            return
+        self._writer = Writer(workdir, resume_at=done + 1)
+        self._task = session.setup.task
+        self._writer.text(0, "config/operative", gin.markdown(gin.operative_config_str()))
+        images = self._task.images and self._task.images(session.splits["train"].slice(0, 64))
+        if images is not None:
+            self._writer.image(0, "train/examples", image_grid(images))
+
+    def round(self, report: RoundReport) -> None:
+        if self._writer:
+            spread = _spread(report.per_client)
+            self._writer.scalars(report.number, {**report.metrics, **spread, **report.perf})
+
+    def evaluation(self, report: EvaluationReport) -> None:
+        if not self._writer:
+            return
+        of_clients = {
+            f"clients/{group}_{name}": values
+            for group, result in report.results.items()
+            for name, values in result.per_client.items()
+        }
+        scalars = {name: value for name, value in report.row.items() if not _is_of_round(name)}
+        scalars |= {"perf/evaluation_seconds": report.seconds, **_spread(of_clients)}
+        self._writer.scalars(report.number, scalars)
+        histograms = of_clients
+        if report.last_round is not None:
+            histograms = {**of_clients, **report.last_round.per_client, **report.last_round.arrays}
+        for name, values in histograms.items():
+            self._writer.histogram(report.number, name, values[np.isfinite(values)])
+        for group, result in report.results.items():
+            if result.confusion is not None:
+                names = self._task.class_names or [str(i) for i in range(len(result.confusion))]
+                image = confusion_image(result.confusion, names)
+                self._writer.image(report.number, f"{group}/confusion", image)
+
+    def close(self) -> None:
+        if self._writer:
+            self._writer.close()
+
+
+@gin.configurable("progress")
+class Progress(Observer):
+    """A bar and lines on stderr: a bar in a terminal, lines alone elsewhere."""
+
+    def begin(self, session: Session, workdir: str | os.PathLike | None, done: int) -> None:
+        self._terminal = progress.Reporter(session.setup.num_rounds)
+        self._terminal.start()
+        if done:
+            self.say(f"going on after round {done}, from {workdir}")
+        size = sum(leaf.size for leaf in jax.tree.leaves(session.params))
+        self.say(
+            f"{size:,} parameters; "
+            + "; ".join(
+                f"{name}: {part.num_clients:,} clients, {part.num_examples:,} examples"
+                for name, part in session.splits.items()
+            )
+        )
+
+    def say(self, message: str) -> None:
+        self._terminal.say(message)
+
+    def round(self, report: RoundReport) -> None:
+        seconds = report.perf["perf/round_seconds"]
+        self._terminal.round(report.number, {**report.metrics, "s/round": seconds})
+
+    def evaluation(self, report: EvaluationReport) -> None:
+        numbers = {name: value for name, value in report.row.items() if name != "round"}
+        self._terminal.evaluation(report.number, numbers)
+
+    def close(self) -> None:
+        self._terminal.stop()
+
+
+@gin.configurable("json_lines")
+class JsonLines(Observer):
+    """One JSON object a line in the workdir, a round each and its evaluations, for pandas and the like.
+
+    After a resume the lines of rounds that are run again are dropped. A workdir in a bucket has none,
+    because buckets cannot append.
+
+    Args:
+      name: of the file.
+    """
+
+    def __init__(self, name: str = "rounds.jsonl"):
+        self._name = name
+        self._file = None
+
+    def begin(self, session: Session, workdir: str | os.PathLike | None, done: int) -> None:
+        if workdir is None or paths.is_remote(workdir):
+            return
+        path = os.path.join(workdir, self._name)
+        kept = []
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                lines = [line for line in file if line.endswith("\n")]
+            kept = [line for line in lines if json.loads(line)["round"] <= done]
+        paths.write(path, "".join(kept))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  Closed by `close`.
+
+    def round(self, report: RoundReport) -> None:
+        self._write({"round": report.number, **report.metrics, **report.perf})
+
+    def evaluation(self, report: EvaluationReport) -> None:
+        self._write({**report.row, "perf/evaluation_seconds": report.seconds})
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+    def _write(self, values: Mapping[str, float]) -> None:
+        if self._file:
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
+
+
+class Reports:
+    """Follows a run's rounds, refuses numbers that are not finite, times everything, and tells observers."""
+
+    def __init__(
+        self,
+        session: Session,
+        observers: Sequence[Observer],
+        workdir: str | os.PathLike | None,
+        done: int,
+    ):
+        self._session = session
+        self._workdir = workdir
+        self._done = done
+        self._observers = observers if runtime.is_first() else ()
+        self._expected: Round | None = None
+        self._last: RoundReport | None = None
+        self._round_seconds: list[float] = []
+        self._evaluation_seconds: list[float] = []
+        self._utilisation: list[float] = []
+
+    def __enter__(self) -> Reports:
+        with contextlib.ExitStack() as stack:
+            for observer in self._observers:
+                stack.callback(observer.close)
+                observer.begin(self._session, self._workdir, self._done)
+            self._closing = stack.pop_all()
+        if self._workdir is not None and runtime.is_first():
+            operative = os.path.join(self._workdir, config.OPERATIVE)
+            _write(operative, gin.operative_config_str())
+        self._started = self._clock = time.perf_counter()
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self._closing.close()
+
+    def say(self, message: str) -> None:
+        """Tells the observers in words."""
+        for observer in self._observers:
+            observer.say(message)
+
+    def expect(self, round_: Round) -> None:
+        """Notes a round that is on its way."""
+        self._expected = round_
+
+    def catch_up(self) -> Round | None:
+        """Waits for the round on its way and reports it; returns it, None if there is none.
+
+        Raises:
+          UserError: one of its metrics is not finite.
+        """
+        round_, self._expected = self._expected, None
+        if round_ is None:
+            return None
+        metrics, per_client = round_.metrics, round_.per_client
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        for name, value in round_.measured().items():
+            _check_finite(round_.number, name, value, self._workdir)
+        self._round_seconds.append(seconds)
+        self._utilisation.append(round_.prepared.utilisation)
+        self._last = RoundReport(
+            round_.number,
+            {name: value for name, value in metrics.items() if np.ndim(value) == 0},
+            {name: value for name, value in metrics.items() if np.ndim(value)},
+            per_client,
+            {
+                "perf/round_seconds": seconds,
+                "perf/examples_per_second": round_.prepared.num_examples / seconds,
+                "perf/host_wait_seconds": round_.waited,
+                "perf/compilations": self._session.engine.runner.compilations,
+                "perf/utilisation": round_.prepared.utilisation,
+            },
+        )
+        for observer in self._observers:
+            observer.round(self._last)
+        return round_
+
+    def evaluated(self, round_: Round, results: dict[str, Evaluation]) -> dict[str, float]:
+        """Reports evaluations after a round that has been caught up with; returns their row of the history.
+
+        Raises:
+          UserError: one of the results is not finite.
+        """
+        seconds = time.perf_counter() - self._clock
+        self._evaluation_seconds.append(seconds)
+        values = row(results)
+        for name, value in values.items():
+            _check_finite(round_.number, name, value, self._workdir)
+        trained = self._last.metrics if self._last else {}
+        names = {f"train/{name}": None for result in results.values() for name in result.metrics}
+        algorithm = self._session.algorithm
+        said = algorithm.report(round_.state, round_.number) if algorithm.report else {}
+        numbers = {
+            "round": round_.number,
+            **{name: trained[name] for name in names if name in trained},
+            **values,
+            **{name: float(value) for name, value in said.items()},
+        }
+        report = EvaluationReport(round_.number, numbers, results, self._last, seconds)
+        for observer in self._observers:
+            observer.evaluation(report)
+        self._clock = time.perf_counter()
+        return numbers
+
+    def finish(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Writes `final.json` once all rounds are done, if there is news."""
+        if self._workdir is None or not runtime.is_first():
+            return
+        path = os.path.join(self._workdir, "final.json")
+        if not self._round_seconds and paths.exists(path):
+            return
+        final = {
+            "rounds": self._session.setup.num_rounds,
+            "metrics": history[-1] if history else {},
+            "history": history,
+            "perf": self._perf(),
+        }
+        _write(path, json.dumps(final, indent=2) + "\n")
+
+    def _perf(self) -> dict[str, float]:
+        """Timings of this process's part of the run."""
+        steady = self._round_seconds[1:] or self._round_seconds
+        return {
+            "first_round_seconds": self._round_seconds[0] if self._round_seconds else 0.0,
+            "mean_round_seconds": float(np.mean(steady)) if steady else 0.0,
+            "mean_evaluation_seconds": float(np.mean(self._evaluation_seconds or [0.0])),
+            "total_seconds": time.perf_counter() - self._started,
+            "mean_utilisation": float(np.mean(self._utilisation or [0.0])),
+            "compilations": self._session.engine.runner.compilations,
+        }
+
+
+def _is_of_round(name: str) -> bool:
+    return name == "round" or name.startswith("train/")
+
+
+def _check_finite(
+    done: int, name: str, value: float | np.ndarray, workdir: str | os.PathLike | None
+) -> None:
+    culprit = np.asarray(value)[~np.isfinite(value)]
+    if len(culprit.flat):
+        raise UserError(
+            f"round {done}: {name} is {culprit.flat[0]}. The run diverged: lower a learning rate or clip "
+            "the client updates; the strategy @debug() names the client and the step."
+            + (f" The checkpoints in {workdir} are from before." if workdir else "")
+        )
+
+
+def _spread(per_client: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Mean, 10th and 90th percentile over the clients that have a number."""
+    scalars = {}
+    for name, values in per_client.items():
+        finite = np.sort(values[np.isfinite(values)])
+        if finite.size:
+            # As np.percentile, in less time: every round has spreads.
+            places = np.array([0.1, 0.9]) * (finite.size - 1)
+            low, high = np.interp(places, np.arange(finite.size), finite).tolist()
+            scalars[f"{name}/mean"] = float(finite.mean())
+            scalars[f"{name}/p10"], scalars[f"{name}/p90"] = low, high
+    return scalars
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        paths.write(path, text)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; free space there") from error

@@ -1,0 +1,263 @@
+"""A run under way: what is trained, bound to its engine, and its rounds one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import gin
+import jax
+import numpy as np
+
+from fedexp import evaluation
+from fedexp.contracts import Algorithm
+from fedexp.data import ClientBatching, FederatedSplits, Sampler, uniform
+from fedexp.engine import Engine, PreparedRound, Strategy, auto
+from fedexp.errors import UserError
+from fedexp.evaluation import Evaluate, Evaluation
+from fedexp.streams import Stream, derive
+from fedexp.tasks import Measure, Task
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What is trained, on what, and where.
+
+    Everything random follows from `seed`, the round, the client and the step.
+
+    Attributes:
+      dataset: training and test partition, and perhaps one for validation.
+      task: model, loss and metrics.
+      algorithm: what clients and server do, or a function of the task that makes it, as `fedavg`.
+      num_rounds: rounds in total, those before a resume included.
+      sampler: draws each round's cohort; by default 10 clients uniformly.
+      batching: the clients' local batches.
+      strategy: where cohorts run.
+      evaluations: when to evaluate, and on what.
+      seed: of the initial parameters, cohorts, batches and dropout.
+
+    Raises:
+      UserError: fewer than one round.
+    """
+
+    dataset: FederatedSplits = gin.REQUIRED
+    task: Task = gin.REQUIRED
+    algorithm: Algorithm | Callable[[Task], Algorithm] = gin.REQUIRED
+    num_rounds: int = 100
+    sampler: Sampler = dataclasses.field(default_factory=lambda: uniform())
+    batching: ClientBatching = dataclasses.field(default_factory=lambda: ClientBatching())
+    strategy: Strategy = dataclasses.field(default_factory=lambda: auto())
+    evaluations: Sequence[Evaluate] = dataclasses.field(default_factory=lambda: [Evaluate()])
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_rounds < 1:
+            raise UserError(f"train.num_rounds must be at least 1, got {self.num_rounds}")
+
+
+class Round:
+    """A round that has been sent to the devices, and may not have come back yet.
+
+    Attributes:
+      number: finished rounds, this one included.
+      state: the algorithm's server state after it. What is assigned here is what the next round starts
+        from. It is good until then: the next round uses it up.
+      prepared: what it was given; None before the first round.
+      waited: seconds that the host waited for it to be prepared.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        number: int,
+        state: PyTree,
+        prepared: PreparedRound | None = None,
+        output: tuple[Any, Any, Any] = ({}, {}, None),
+        waited: float = 0.0,
+    ):
+        self.session = session
+        self.number = number
+        self.state = state
+        self.prepared = prepared
+        self.waited = waited
+        self._output = output
+
+    @property
+    def params(self) -> PyTree:
+        """The model's parameters after it."""
+        return self.state.params
+
+    @functools.cached_property
+    def _measured(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Metrics of the round and of its clients as the devices have them; waits for them."""
+        metrics, per_client = jax.device_get((dict(self._output[0]), dict(self._output[1])))
+        slots = self.prepared.slots if self.prepared else []
+        return metrics, {
+            name: jax.tree.map(lambda leaf: leaf[slots], value)
+            for name, value in per_client.items()
+        }
+
+    def measured(self) -> dict[str, np.ndarray]:
+        """Name -> number or array that must be finite; waits for the round."""
+        metrics, per_client = self._measured
+        return {
+            name: np.stack(value) if isinstance(value, Measure) else np.asarray(value)
+            for name, value in {**metrics, **per_client}.items()
+        }
+
+    @functools.cached_property
+    def metrics(self) -> dict[str, float | np.ndarray]:
+        """Name -> number of the round, or array; waits for it. What nothing has weight in is left out."""
+        found = {}
+        for name, value in self._measured[0].items():
+            if isinstance(value, Measure):
+                value = value.values / value.weights if value.weights else None
+            if value is not None:
+                found[name] = float(value) if np.ndim(value) == 0 else value
+        return {**found, **(self.prepared.infos if self.prepared else {})}
+
+    @functools.cached_property
+    def per_client(self) -> dict[str, np.ndarray]:
+        """Name -> (cohort size,) number of each client, NaN where it has no weight; waits for it."""
+        return {
+            name: _means(value) if isinstance(value, Measure) else value
+            for name, value in self._measured[1].items()
+        }
+
+    @property
+    def note(self) -> int:
+        """The highest number that a process had for the others; waits for it."""
+        return 0 if self._output[2] is None else int(self._output[2])
+
+    def evaluate(self) -> dict[str, float]:
+        """All evaluations, of all clients, name -> value."""
+        results = self.session.evaluate(self, range(len(self.session.evaluations)), full=True)
+        return row(results)
+
+
+class Session:
+    """Everything that rounds need, built and checked.
+
+    Attributes:
+      setup: what is trained.
+      splits: name -> data set.
+      algorithm: what clients and server do.
+      engine: runs the rounds.
+      params: the model's first parameters.
+      first: the round before the first one.
+      evaluations: of the setup, ready to be called.
+    """
+
+    def __init__(self, setup: Setup):
+        self.setup = setup
+        splits, task, seed = setup.dataset, setup.task, setup.seed
+        self.splits = {name: part for name, part in splits._asdict().items() if part is not None}
+        for part in self.splits.values():
+            task.check(part)
+        self.algorithm = self._algorithm()
+        names = [plan.name for plan in setup.evaluations]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise UserError(f"two evaluations are called {twice[0]!r}; bind one's evaluate.prefix")
+        self._sampler = sampler = setup.sampler
+        sampler.sample(splits.train.client_ids, seed, 0)  # Refuses what it cannot do.
+        taking_part = splits.train.num_clients
+        if sampler.held_out is not None:
+            taking_part -= int(sampler.held_out(splits.train.client_ids).sum())
+        key = derive(jax.random.key(seed), Stream.PARAMETERS)
+        self.params = task.init(key, splits.train.slice(0, 1))
+        self.engine = Engine(
+            setup.strategy,
+            self.algorithm,
+            self.splits,
+            setup.batching,
+            params=self.params,
+            cohort_size=sampler.cohort_size,
+            seed=seed,
+            population=taking_part,
+        )
+        self.evaluations = [
+            evaluation.bind(plan, task, self.algorithm, splits, sampler, self.engine, number)
+            for number, plan in enumerate(setup.evaluations)
+        ]
+        self.first = Round(self, 0, self.engine.start(self.params))
+
+    def metric_names(self) -> dict[str, list[str]]:
+        """Group of an evaluation -> names of its metrics."""
+        task = self.setup.task
+        names = ["loss", *task.metrics, *task.derived]
+        return {plan.name: names for plan in self.setup.evaluations}
+
+    def rounds(
+        self,
+        after: Round,
+        note: Callable[[], int] = lambda: 0,
+        watch: Callable[[Iterator[Any]], Iterator[Any]] = lambda prepared: prepared,
+    ) -> Iterator[Round]:
+        """Yields the rounds after one, each as soon as it is on its way to the devices.
+
+        Args:
+          after: where to go on.
+          note: what this process has for the others when a round begins; see `Round.note`.
+          watch: wraps the iterator of prepared rounds, each of which is run until the next is asked for.
+        """
+        if after.session is not self and self.engine.client_states is not None:
+            self.engine.client_states.load(after.session.engine.client_states.save())
+        round_ = after
+        for prepared, waited in watch(self._prepared(range(after.number, self.setup.num_rounds))):
+            output, noted = self.engine.runner.run(round_.state, prepared, note())
+            reported = (output.metrics, output.per_client, noted)
+            round_ = Round(self, prepared.round + 1, output.state, prepared, reported, waited)
+            yield round_
+
+    def evaluate(self, round_: Round, which: Iterable[int], full: bool) -> dict[str, Evaluation]:
+        """Results of some of the evaluations after a round, by group."""
+        cohort = round_.prepared.clients if round_.prepared else np.zeros(0, np.int64)
+        plans = self.setup.evaluations
+        return {
+            plans[i].name: self.evaluations[i](round_.state, round_.number, cohort, full)
+            for i in which
+        }
+
+    def _algorithm(self) -> Algorithm:
+        given = self.setup.algorithm
+        algorithm = given if isinstance(given, Algorithm) else given(self.setup.task)
+        if not isinstance(algorithm, Algorithm):
+            raise UserError(f"train.algorithm must be, or make, an Algorithm; got {algorithm!r}")
+        return algorithm
+
+    def _prepared(self, rounds: range) -> Iterator[tuple[PreparedRound, float]]:
+        """Yields (prepared round, seconds waited for it); the next one is prepared meanwhile."""
+        ids, seed = self.setup.dataset.train.client_ids, self.setup.seed
+
+        def prepare(number: int) -> PreparedRound:
+            return self.engine.prepare(number, self._sampler.sample(ids, seed, number))
+
+        with ThreadPoolExecutor(1, thread_name_prefix="prepare") as pool:
+            future = pool.submit(prepare, rounds.start) if rounds else None
+            for number in rounds:
+                begin = time.perf_counter()
+                prepared = future.result()
+                waited = time.perf_counter() - begin
+                if number + 1 in rounds:
+                    future = pool.submit(prepare, number + 1)
+                yield prepared, waited
+
+
+def _means(measure: Measure) -> np.ndarray:
+    values, weights = measure
+    return np.divide(values, weights, out=np.full(np.shape(values), np.nan), where=weights > 0)
+
+
+def row(results: Mapping[str, Evaluation]) -> dict[str, float]:
+    """Results of evaluations as 'group/metric' -> value."""
+    return {
+        f"{group}/{name}": value
+        for group, result in results.items()
+        for name, value in result.metrics.items()
+    }

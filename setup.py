@@ -37,6 +37,7 @@ setup(
         "h5py",
         "jax>=0.10",
         "jaxlib>=0.10",
+        "loky",
         "matplotlib",
         "msgpack",
         "numpy",

@@ -17,11 +17,10 @@ import hashlib
 import json
 import math
 import os
-import pickle
-import queue
-import subprocess
-import sys
-import traceback
+import re
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
@@ -37,7 +36,7 @@ _JOURNAL = "journal.jsonl"
 
 
 class Source(Protocol):
-    """Clients to convert. It is pickled, so its class is defined in a module, not in a script."""
+    """Clients to convert; it is pickled once for every worker."""
 
     def client_ids(self) -> list[str]:
         """All ids, in the order that the data set shall have."""
@@ -280,89 +279,67 @@ def _reader(
     if not num_workers:
         yield functools.partial(map, functools.partial(_read_chunk, source))
         return
-    workers: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+    import loky  # Its workers, unlike multiprocessing's, do not import the main module.
 
-    def read_one(client_ids: list[str]) -> _Chunk:
-        worker = workers.get()
+    def submit(client_ids: list[str]) -> concurrent.futures.Future:
         try:
-            return worker.read(client_ids)
-        finally:
-            workers.put(worker)
+            return starter.submit(executor.submit, _read_in_worker, client_ids).result()
+        except loky.BrokenProcessPool as error:  # The chunks before this one may be whole.
+            future = concurrent.futures.Future()
+            future.set_exception(error)
+            return future
 
     def read(chunks: Iterable[list[str]]) -> Iterator[_Chunk]:
         under_way: collections.deque[concurrent.futures.Future] = collections.deque()
         for client_ids in chunks:
-            under_way.append(executor.submit(read_one, client_ids))
+            under_way.append(submit(client_ids))
             if len(under_way) > 2 * num_workers:
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
 
     with contextlib.ExitStack() as stack:
-        executor = stack.enter_context(concurrent.futures.ThreadPoolExecutor(num_workers))
-        stack.callback(executor.shutdown, wait=False, cancel_futures=True)
-        for _ in range(num_workers):
-            worker = _Worker(source)
-            stack.callback(worker.stop)
-            workers.put(worker)
-        yield read
-
-
-class _Worker:
-    """A process that reads clients, talked to through pipes: it ends when this process does.
-
-    `multiprocessing` would import the main module there again, and JAX with it.
-    """
-
-    def __init__(self, source: Source):
-        self._greeting = pickle.dumps(source)
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", "from fedexp.data import conversion; conversion.work()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)},
-            start_new_session=True,  # Ctrl-C is for this process, which then stops the worker.
+        executor = loky.ProcessPoolExecutor(
+            num_workers, initializer=_begin_worker, initargs=(source, os.getpid())
         )
-
-    def read(self, client_ids: Sequence[str]) -> _Chunk:
+        stack.callback(executor.shutdown, kill_workers=True)
+        # Ctrl-C is for the main thread alone: what this thread starts inherits that it is blocked.
+        starter = stack.enter_context(
+            concurrent.futures.ThreadPoolExecutor(
+                1, initializer=signal.pthread_sigmask, initargs=(signal.SIG_BLOCK, {signal.SIGINT})
+            )
+        )
         try:
-            self._process.stdin.write(self._greeting + pickle.dumps(client_ids))
-            self._process.stdin.flush()
-            self._greeting = b""
-            answer = pickle.load(self._process.stdout)
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            yield read
+        except loky.process_executor.TerminatedWorkerError as error:
+            exit_codes = ", ".join(re.findall(r"\((-?\d+)\)", str(error))) or "unknown"
             raise UserError(
-                f"a worker of the conversion ended with exit code {self._process.wait()}, perhaps for "
-                "lack of memory; run again with a smaller num_workers, it goes on where it stopped"
+                f"a worker of the conversion ended with exit code {exit_codes}, perhaps for lack of "
+                "memory; run again with a smaller num_workers, it goes on where it stopped"
             ) from error
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def stop(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._process.stdout.close()
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
 
 
-def work() -> None:
-    """What a worker process does: takes a source, then lists of client ids, and answers each."""
-    questions, answers = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # What a source prints is no answer.
-    with contextlib.suppress(EOFError, BrokenPipeError):
-        source = pickle.load(questions)
-        while True:
-            client_ids = pickle.load(questions)
-            try:
-                answer = _read_chunk(source, client_ids)
-            except Exception as error:
-                answer = error
-                if not isinstance(error, UserError):
-                    error.add_note(f"in a worker process:\n{traceback.format_exc()}")
-            pickle.dump(answer, answers, protocol=pickle.HIGHEST_PROTOCOL)
-            answers.flush()
+def _begin_worker(source: Source, parent: int) -> None:
+    global _source_of_worker
+    _source_of_worker = source
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """Ends this worker soon after its parent, which may be killed without a chance to say so."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _read_in_worker(client_ids: list[str]) -> _Chunk:
+    try:
+        return _read_chunk(_source_of_worker, client_ids)
+    except UserError:
+        raise
+    except Exception as error:
+        error.add_note("in a worker process of the conversion")
+        raise
 
 
 def _num_cpus() -> int:

@@ -1,5 +1,6 @@
 """Streaming conversion, interrupted in every way, against `packed.write` of the same clients."""
 
+import contextlib
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from fedexp.data import conversion, packed
 from fedexp.data.dataset import FederatedDataset, FederatedSplits
 from fedexp.errors import UserError
-from tests.support.sources import Clients, Imports
+from tests.support.sources import Clients, Imports, Noted
 
 SIZES = (3, 1, 0, 4, 2, 2, 0, 5, 1)
 
@@ -52,6 +53,22 @@ def test_workers_change_nothing(tmp_path):
     source = Clients(SIZES)
     conversion.convert(source, tmp_path / "a", num_workers=2, clients_per_chunk=2)
     assert _contents(tmp_path / "a") == _expected(tmp_path, source)
+
+
+def test_workers_do_not_run_ahead(tmp_path, monkeypatch):
+    append, ahead = conversion._Part.append, []
+
+    def slow(part, chunk):
+        time.sleep(0.1)  # Long enough for a worker to read all the rest.
+        ahead.append(len(list(notes.iterdir())) - part.num_clients)
+        append(part, chunk)
+
+    monkeypatch.setattr(conversion._Part, "append", slow)
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    source = Noted((1,) * 20, folder=str(notes))
+    conversion.convert(source, tmp_path / "a", num_workers=1, clients_per_chunk=1)
+    assert len(ahead) == 20 and max(ahead) <= 3
 
 
 def test_a_worker_is_another_process_without_jax(tmp_path):
@@ -245,7 +262,43 @@ conversion.convert(source, Path(sys.argv[1]), num_workers=2, clients_per_chunk=1
 
 
 def _children(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    """Of all of its threads."""
+    children = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # The thread has ended.
+            children += path.read_text().split()
+    return children
+
+
+def _assert_gone(pids: list[str]) -> None:
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("when", ["starting", "at work"])
+def test_ctrl_c_is_for_the_parent_alone(tmp_path, when):
+    with (tmp_path / "stderr").open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _PROGRAM, tmp_path / "a"],
+            cwd=Path(__file__).parents[2],
+            stderr=stderr,
+            start_new_session=True,
+        )
+    journal = tmp_path / ".a.part" / "journal.jsonl"
+    while len(children := _children(process.pid)) < 4 or (
+        when == "at work" and journal.read_bytes().count(b"\n") < 3
+    ):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # As a terminal does.
+    assert process.wait(30) == -signal.SIGINT
+    _assert_gone(children)
+    written = (tmp_path / "stderr").read_text()
+    assert written.count("Traceback") == 1 and "LokyProcess" not in written, written
 
 
 @pytest.mark.slow
@@ -258,14 +311,14 @@ def test_a_killed_process_leaves_no_workers_and_is_resumed(tmp_path):
     while not journal.exists() or journal.read_bytes().count(b"\n") < 3:
         assert process.poll() is None
         time.sleep(0.01)
-    workers = _children(process.pid)
+    children = _children(process.pid)
+    workers = [
+        pid for pid in children if b"LokyProcess" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert len(workers) == 2
-    deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{worker}").exists() for worker in workers):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    _assert_gone(children)
 
     class Rest(Clients):
         def client(self, i):

@@ -14,7 +14,7 @@ import fedexp.trainer  # noqa: F401  What every user's process imports counts.
 from fedexp import models, runtime, tasks
 from fedexp.algorithms import fedavg
 from fedexp.data import ClientBatching, FederatedDataset
-from fedexp.strategies import Runner, auto
+from fedexp.engine import Engine, auto
 
 # Workloads and classes whose shipped files take a device for each core.
 SMALL = {("emnist_logistic", 62), ("shakespeare_lstm", 90)}
@@ -41,7 +41,7 @@ def build_task(job: Job) -> tasks.Task:
     return tasks.next_token(model)
 
 
-def bind(job: Job) -> tuple[tasks.Task, Any, Runner]:
+def bind(job: Job) -> tuple[tasks.Task, Any, Engine]:
     """The task, its first parameters and what runs its rounds."""
     client_ids = np.array([f"client{index}" for index in range(len(job.offsets) - 1)])
     dataset = FederatedDataset(job.features, job.offsets, client_ids)
@@ -49,7 +49,7 @@ def bind(job: Job) -> tuple[tasks.Task, Any, Runner]:
     params = task.init(jax.random.key(job.seed), dataset.slice(0, 1))
     if job.workload == "emnist_logistic":
         params = jax.tree.map(np.zeros_like, params)
-    runner = Runner(
+    engine = Engine(
         auto(),
         fedavg(task, optax.sgd(job.learning_rate), optax.sgd(1.0)),
         dataset,
@@ -58,19 +58,19 @@ def bind(job: Job) -> tuple[tasks.Task, Any, Runner]:
         cohort_size=len(job.cohorts[0]),
         seed=job.seed,
     )
-    return task, params, runner
+    return task, params, engine
 
 
 def set_up(job: Job) -> Trainee:
     small = (job.workload, job.num_classes) in SMALL
     runtime.start(num_cpu_devices="cores" if small else None)
-    _, params, runner = bind(job)
+    _, params, engine = bind(job)
     num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    state = runner.start(params)
+    state = engine.start(params)
     pool = ThreadPoolExecutor(1)
 
     def prepare(round_: int):
-        return runner.prepare(round_, np.array(job.cohorts[round_ % len(job.cohorts)]))
+        return engine.prepare(round_, np.array(job.cohorts[round_ % len(job.cohorts)]))
 
     upcoming = pool.submit(prepare, 0)
 
@@ -80,9 +80,9 @@ def set_up(job: Job) -> Trainee:
         for round_ in rounds:
             prepared = upcoming.result()
             upcoming = pool.submit(prepare, round_ + 1)
-            output = runner.run(state, prepared)
+            output = engine.run(state, prepared)
             jax.device_get(metrics)  # Those of the round before, while this one runs.
-            state, metrics = output.server_state, output.metrics
+            state, metrics = output.state, (output.metrics, output.per_client)
             examples += prepared.num_examples
         jax.device_get(metrics)
         jax.block_until_ready(state)

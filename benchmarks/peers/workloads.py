@@ -85,7 +85,7 @@ def build(
         learning_rate=workload.learning_rate,
         seed=seed,
         cohorts=[
-            sampler.sample(dataset.client_ids, seed, round_).tolist()
+            sampler.sample(dataset.client_ids, seed, round_).clients.tolist()
             for round_ in range(num_rounds)
         ],
         features=dict(dataset.features),

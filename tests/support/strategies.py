@@ -14,11 +14,12 @@ import numpy as np
 import optax
 
 from fedexp import runtime
-from fedexp.algorithms import fedavg, optimizers, scaffold
+from fedexp.algorithms import fedprox, optimizers, scaffold
 from fedexp.data import ClientBatching, uniform
+from fedexp.engine import Engine, Packing, debug, jit, mesh, pmap
 from fedexp.evaluation import Evaluator
-from fedexp.strategies import Runner, debug, jit, mesh, pmap
 from tests.support import linear
+from tests.support.measured import numbers
 
 ROUNDS, COHORT = 4, 5
 
@@ -26,26 +27,26 @@ ROUNDS, COHORT = 4, 5
 def algorithms(task):
     sgd = optax.sgd(0.05, momentum=0.5)
     return {
-        "fedavg": fedavg(task, sgd, optimizers.adam(0.1, bias_correction=False), proximal=0.1),
+        "fedprox": fedprox(task, 0.1, sgd, optimizers.adam(0.1, bias_correction=False)),
         "scaffold1": scaffold(task, 0.05, option=1),
         "scaffold2": scaffold(task, 0.05, optax.adam(0.1), option=2),
     }
 
 
 def strategy(name: str, devices: int, lanes: int, streamed: bool):
-    budget = 0 if streamed else None
+    packing = Packing(lanes=lanes, max_resident_bytes=0 if streamed else None)
     if name == "debug":
         return debug()
     if name == "jit":
-        return jit(lanes, budget)
-    return {"pmap": pmap, "mesh": mesh}[name](lanes, budget, devices)
+        return jit(packing)
+    return {"pmap": pmap, "mesh": mesh}[name](packing, devices)
 
 
 def run(task, algorithm, chosen) -> dict[str, np.ndarray]:
     """Parameters, metrics, evaluation and client states after ROUNDS rounds."""
     dataset, sampler = linear.dataset(), uniform(COHORT)
     params = task.init(jax.random.key(0), None)
-    runner = Runner(
+    engine = Engine(
         chosen,
         algorithm,
         dataset,
@@ -54,21 +55,20 @@ def run(task, algorithm, chosen) -> dict[str, np.ndarray]:
         cohort_size=COHORT,
         seed=0,
     )
-    state, out = runner.start(params), {}
+    state, out = engine.start(params), {}
     for number in range(ROUNDS):
-        prepared = runner.prepare(number, sampler.sample(dataset.client_ids, 0, number))
-        output = runner.run(state, prepared)
-        state = output.server_state
+        prepared = engine.prepare(number, sampler.sample(dataset.client_ids, 0, number))
+        output = engine.run(state, prepared)
+        state = output.state
         out[f"clients/{number}"] = prepared.clients
-    for name, value in jax.device_get(output.metrics).items():
-        out[f"metrics/{name}"] = value[prepared.slots] if value.ndim else value
+    out |= {f"metrics/{name}": value for name, value in numbers(output, prepared).items()}
     for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(state)):
         out[f"state/{jax.tree_util.keystr(path)}"] = np.asarray(leaf)
-    result = Evaluator(task, linear.dataset(seed=1), 4, runner.placement)(state.params)
+    result = Evaluator(task, linear.dataset(seed=1), 4, engine.placement)(state.params)
     out |= {f"test/{name}": np.asarray(value) for name, value in result.metrics.items()}
     out |= {f"test_clients/{name}": value for name, value in result.per_client.items()}
-    if runner.client_states is not None:
-        saved = runner.client_states.save()
+    if engine.client_states is not None:
+        saved = engine.client_states.save()
         # Which process holds a client decides the order, and nothing else.
         order = np.argsort(saved["clients"])
         out["client_states/clients"] = saved["clients"][order]

@@ -14,6 +14,7 @@ import optax
 from fedexp import runtime
 from fedexp.algorithms import fedavg
 from fedexp.data import ClientBatching, FederatedDataset
+from fedexp.engine import Engine
 from fedexp.models import (
     EmnistAutoencoder,
     LSTMLanguageModel,
@@ -21,7 +22,6 @@ from fedexp.models import (
     TagLogistic,
     TransformerLanguageModel,
 )
-from fedexp.strategies import Runner
 from fedexp.tasks import (
     classification,
     crop_and_flip,
@@ -31,6 +31,7 @@ from fedexp.tasks import (
     standardize,
     tag_prediction,
 )
+from tests.support.measured import numbers
 from tests.support.strategies import strategy
 
 SIZES = (3, 8, 4, 8)  # One short batch: too few to compile a size for.
@@ -78,7 +79,7 @@ def main(output: str, *specs: str) -> None:
         params = task.init(jax.random.key(0), dataset.slice(0, 1))
         for spec in specs:
             kind, devices, lanes = spec.split(":")
-            runner = Runner(
+            engine = Engine(
                 strategy(kind, int(devices), int(lanes), streamed=False),
                 fedavg(task, optax.sgd(0.05), optax.sgd(1.0)),
                 dataset,
@@ -87,10 +88,11 @@ def main(output: str, *specs: str) -> None:
                 cohort_size=4,
                 seed=0,
             )
-            result = runner.run(runner.start(params), runner.prepare(0, np.arange(4)))
-            flat = jax.tree.map(np.ravel, jax.device_get(result.server_state.params))
+            prepared = engine.prepare(0, np.arange(4))
+            output = engine.run(engine.start(params), prepared)
+            flat = jax.tree.map(np.ravel, jax.device_get(output.state.params))
             results[f"{spec} {name}"] = np.concatenate(jax.tree.leaves(flat))
-            results[f"{spec} {name} loss"] = np.asarray(result.metrics["train/loss"])
+            results[f"{spec} {name} loss"] = numbers(output, prepared)["train/loss"]
         results[f"first {name}"] = np.concatenate([np.ravel(p) for p in jax.tree.leaves(params)])
     np.savez(output, **results)
 

@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedexp.strategies import schedule as schedule_lib
+from fedexp.engine import schedule as schedule_lib
 
-lengths_of_clients = st.lists(st.integers(1, 12), min_size=0, max_size=12)
+lengths_of_clients = st.lists(st.integers(1, 12), min_size=1, max_size=12)
 lanes = st.integers(1, 6)
 
 
@@ -61,17 +61,19 @@ def packed(lengths: list[int], num_lanes: int, more_slots: int = 0, more_steps: 
     )
 
 
-@given(lengths_of_clients, lanes, st.integers(0, 3), st.integers(0, 5))
+@given(st.lists(st.integers(0, 12), max_size=12), lanes, st.integers(0, 3), st.integers(0, 5))
 def test_every_client_runs_once_whole_and_in_order(lengths, num_lanes, more_slots, more_steps):
     schedule = packed(lengths, num_lanes, more_slots, more_steps)
     expected = {
-        client: [100 * client + t for t in range(length)] for client, length in enumerate(lengths)
+        client: [100 * client + t for t in range(length)]
+        for client, length in enumerate(lengths)
+        if length
     }
     assert replay(schedule) == expected
     assert (schedule.rows[schedule.bounds[schedule.num_segments] :] == -1).all()
 
 
-@given(lengths_of_clients.filter(len), lanes)
+@given(lengths_of_clients, lanes)
 def test_longest_first_is_within_grahams_bound(lengths, num_lanes):
     schedule = packed(lengths, num_lanes)
     steps = schedule.bounds[schedule.num_segments]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent.parent
-ALGORITHMS = ("fedavg", "scaffold1", "scaffold2")
+ALGORITHMS = ("fedprox", "scaffold1", "scaffold2")
 ONE_PROCESS = ["jit:1:1", "jit:1:3"] + [
     f"{name}:{devices}:{lanes}"
     for name in ("pmap", "mesh")

@@ -9,13 +9,14 @@ import numpy as np
 import optax
 import pytest
 
-from fedexp.aggregators import Aggregator, mean
-from fedexp.algorithms import fedavg, optimizers
+from fedexp.algorithms import fedavg, fedprox, optimizers
+from fedexp.contracts import Aggregated, Aggregator, Sent
 from fedexp.data.batching import ClientBatching
+from fedexp.engine import Engine, Packing, debug, jit
 from fedexp.errors import UserError
-from fedexp.strategies import Runner, debug, jit
 from fedexp.tasks import Measure
 from tests.support import linear
+from tests.support.measured import numbers
 
 ROUNDS, BATCH_SIZE, CLIENT_LR, SERVER_LR, EPS = 3, 4, 0.05, 0.1, 1e-3
 COHORTS = [np.array([0, 2, 3, 5]), np.array([1, 3, 4, 6]), np.array([0, 1, 2, 6])]
@@ -26,20 +27,19 @@ def run(algorithm, strategy, *, task=None, rounds=ROUNDS, batching=BATCHING, see
     """Runs the cohorts; returns final params as float64 NumPy and the last round's metrics."""
     task = task or linear.task()
     params = task.init(jax.random.key(0), None)
-    runner = Runner(
+    engine = Engine(
         strategy, algorithm, linear.dataset(), batching, params=params, cohort_size=4, seed=seed
     )
-    state = runner.start(params)
+    state = engine.start(params)
     for number in range(rounds):
-        output = runner.run(state, runner.prepare(number, COHORTS[number]))
-        state = output.server_state
+        prepared = engine.prepare(number, COHORTS[number])
+        output = engine.run(state, prepared)
+        state = output.state
     params = {name: np.asarray(leaf, np.float64) for name, leaf in state.params.items()}
-    slots = runner.prepare(rounds - 1, COHORTS[rounds - 1]).slots
-    metrics = {name: np.asarray(value) for name, value in output.metrics.items()}
-    return params, {name: value[slots] if value.ndim else value for name, value in metrics.items()}
+    return params, numbers(output, prepared)
 
 
-def reference(server_step, *, weighting="examples", proximal=0.0, client_lr=lambda r: CLIENT_LR):
+def reference(server_step, *, weigh_by="examples", mu=0.0, client_lr=lambda r: CLIENT_LR):
     """Reddi et al. 2021, Algorithm 1, on least squares; theta = (w, b) as one float64 vector."""
     data = linear.dataset()
     first = linear.task().init(jax.random.key(0), None)
@@ -54,10 +54,10 @@ def reference(server_step, *, weighting="examples", proximal=0.0, client_lr=lamb
                 for begin in range(0, len(y), BATCH_SIZE):
                     xb, yb = x[begin : begin + BATCH_SIZE], y[begin : begin + BATCH_SIZE]
                     gradient = 2 * xb.T @ (xb @ local - yb) / len(yb)
-                    gradient += proximal * (local - theta)
+                    gradient += mu * (local - theta)
                     local -= client_lr(number) * gradient
             updates.append(local - theta)
-            weights.append(len(y) if weighting == "examples" else 1)
+            weights.append(len(y) if weigh_by == "examples" else 1)
         theta = server_step(theta, np.average(updates, axis=0, weights=weights))
     return {"w": theta[:-1], "b": theta[-1]}
 
@@ -85,7 +85,7 @@ def algorithm_2(kind, b1, b2, v0=0.0):
     return step
 
 
-STRATEGIES = {"debug": debug(), "1 lane": jit(1), "2 lanes": jit(2), "5 lanes": jit(5)}
+STRATEGIES = {"debug": debug(), **{f"lanes={n}": jit(Packing(lanes=n)) for n in (1, 2, 5)}}
 SERVERS = {
     "fedavg": (optax.sgd(1.0), lambda: server_sgd),
     "fedadagrad": (
@@ -117,19 +117,17 @@ def test_three_rounds_equal_numpy(server, strategy):
     assert_same(params, reference(step()))
 
 
-@pytest.mark.parametrize("weighting", ["examples", "uniform"])
-def test_weighting(weighting):
-    algorithm = fedavg(
-        linear.task(), optax.sgd(CLIENT_LR), optax.sgd(1.0), aggregator=mean(weighting)
-    )
-    params, _ = run(algorithm, jit(2))
-    assert_same(params, reference(server_sgd, weighting=weighting))
+@pytest.mark.parametrize("weigh_by", ["examples", "uniform"])
+def test_weighting(weigh_by):
+    algorithm = fedavg(linear.task(), optax.sgd(CLIENT_LR), optax.sgd(1.0), weigh_by=weigh_by)
+    params, _ = run(algorithm, jit(Packing(lanes=2)))
+    assert_same(params, reference(server_sgd, weigh_by=weigh_by))
 
 
 def test_proximal_term():
-    algorithm = fedavg(linear.task(), optax.sgd(CLIENT_LR), optax.sgd(1.0), proximal=0.7)
-    params, _ = run(algorithm, jit(1))
-    assert_same(params, reference(server_sgd, proximal=0.7))
+    algorithm = fedprox(linear.task(), 0.7, optax.sgd(CLIENT_LR), optax.sgd(1.0))
+    params, _ = run(algorithm, jit(Packing(lanes=1)))
+    assert_same(params, reference(server_sgd, mu=0.7))
 
 
 def test_client_schedule_is_a_factor_of_the_round():
@@ -139,11 +137,11 @@ def test_client_schedule_is_a_factor_of_the_round():
         optax.sgd(1.0),
         client_schedule=optax.exponential_decay(1.0, transition_steps=1, decay_rate=0.5),
     )
-    params, _ = run(algorithm, jit(1))
+    params, _ = run(algorithm, jit(Packing(lanes=1)))
     assert_same(params, reference(server_sgd, client_lr=lambda r: CLIENT_LR * 0.5**r))
 
 
-@pytest.mark.parametrize("strategy", ["1 lane", "2 lanes", "5 lanes"])
+@pytest.mark.parametrize("strategy", ["lanes=1", "lanes=2", "lanes=5"])
 def test_random_choices_do_not_depend_on_the_strategy(strategy):
     task = linear.task(noise=0.3)
     algorithm = fedavg(task, optax.adam(CLIENT_LR), optax.adam(SERVER_LR))
@@ -153,14 +151,14 @@ def test_random_choices_do_not_depend_on_the_strategy(strategy):
     assert_same(params, expected)
     for name, value in expected_metrics.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
-    other_seed, _ = run(algorithm, jit(1), task=task, batching=batching, seed=1)
+    other_seed, _ = run(algorithm, jit(Packing(lanes=1)), task=task, batching=batching, seed=1)
     assert np.abs(other_seed["w"] - expected["w"]).max() > 1e-4
 
 
 def test_round_metrics_are_of_the_cohort_alone():
     """With a learning rate of zero the training metrics are those of the initial parameters."""
     algorithm = fedavg(linear.task(), optax.sgd(0.0), optax.sgd(1.0))
-    _, metrics = run(algorithm, jit(2), rounds=1)
+    _, metrics = run(algorithm, jit(Packing(lanes=2)), rounds=1)
     first = linear.task().init(jax.random.key(0), None)
     data = linear.dataset()
     losses = []
@@ -194,8 +192,8 @@ def test_negative_learning_rate_is_refused(rate):
 
 
 def test_negative_proximal_term_is_refused():
-    with pytest.raises(UserError, match="proximal"):
-        fedavg(linear.task(), optax.sgd(0.1), optax.sgd(1.0), proximal=-1.0)
+    with pytest.raises(UserError, match="fedprox.mu must not be negative"):
+        fedprox(linear.task(), -1.0, optax.sgd(0.1), optax.sgd(1.0))
 
 
 def test_weighing_by_tokens_gives_the_aggregator_the_weights_in_the_loss():
@@ -206,22 +204,24 @@ def test_weighing_by_tokens_gives_the_aggregator_the_weights_in_the_loss():
         counted = 1.0 + (batch["y"] > 0)
         return Measure(counted * (outputs - batch["y"]) ** 2, counted)
 
+    def client(state, update, client_state, key):
+        return Sent(total=jax.tree.map(lambda leaf: 0 * leaf + update.weight, update.value))
+
     aggregator = Aggregator(
-        client=lambda update, weight, key: jax.tree.map(lambda leaf: 0 * leaf + weight, update),
-        server=lambda total, key: total,
+        client,
+        server=lambda state, total, each, later, cohort, key: Aggregated(total),
+        reduces=True,
     )
     weighted = dataclasses.replace(task, loss=loss)
     algorithm = fedavg(
         weighted, optax.sgd(1e-3), optax.sgd(1.0), aggregator=aggregator, weigh_by="tokens"
     )
-    params, _ = run(algorithm, jit(2), task=weighted, rounds=1)
+    params, _ = run(algorithm, jit(Packing(lanes=2)), task=weighted, rounds=1)
     clients = [linear.dataset().client(client)["y"] for client in COHORTS[0]]
     tokens = sum(len(y) + (y > 0).sum() for y in clients)
     assert params["b"] == BATCHING.local_epochs * tokens
 
 
 def test_unknown_weighting_is_refused():
-    with pytest.raises(UserError, match="'examples' or 'tokens', got 'words'"):
+    with pytest.raises(UserError, match="'examples', 'tokens' or 'uniform', got 'words'"):
         fedavg(linear.task(), optax.sgd(1.0), optax.sgd(1.0), weigh_by="words")
-    with pytest.raises(UserError, match="'examples' or 'uniform', got 'exmples'"):
-        mean("exmples")

@@ -15,6 +15,8 @@ TEST = [
     "flask-cors",
     "moto[s3]",
     "s3fs",
+    # To read TFRecord and TFF's SQLite.
+    "tensorflow",
 ]
 
 setup(
@@ -45,12 +47,13 @@ setup(
         "orbax-checkpoint>=0.11",
         "pillow",
         "rich",
+        "scipy",
         "tensorboard",
-        "tensorflow",
     ],
     extras_require={
         "gcs": ["gcsfs"],
         "s3": ["s3fs"],
+        "tensorflow": ["tensorflow"],
         "test": TEST,
         "dev": [*TEST, "ruff"],
     },

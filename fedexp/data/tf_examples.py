@@ -82,9 +82,18 @@ def to_id(value: bytes | str | int) -> str:
 
 
 def tensorflow() -> ModuleType:
-    """TensorFlow, kept off the GPU: it would take the memory that JAX needs, to parse on the CPU."""
-    import tensorflow as tf
+    """TensorFlow, kept off the GPU: it would take the memory that JAX needs, to parse on the CPU.
 
+    Raises:
+      UserError: it is not installed.
+    """
+    try:
+        import tensorflow as tf
+    except ImportError as error:
+        raise UserError(
+            "TFRecord files and TFF's SQLite files are read with TensorFlow, which is not installed: "
+            "pip install 'fedexp[tensorflow]'"
+        ) from error
     with contextlib.suppress(RuntimeError):
         tf.config.set_visible_devices([], "GPU")
     return tf

@@ -33,6 +33,26 @@ def test_importing_the_readers_imports_no_tensorflow():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_without_tensorflow_its_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    path = tmp_path / "toy.sqlite"
+    with sqlite3.connect(path) as database:
+        database.execute("CREATE TABLE examples (split_name, client_id, serialized_example_proto)")
+        database.execute("CREATE TABLE client_metadata (client_id, split_name, num_examples)")
+        for split in ("train", "test"):
+            database.execute("INSERT INTO examples VALUES (?, 'a', x'')", [split])
+            database.execute("INSERT INTO client_metadata VALUES ('a', ?, 1)", [split])
+    (tmp_path / "toy.tfrecord").touch()
+    pattern = str(tmp_path / "toy.tfrecord")
+    for read in (
+        lambda: tfrecord(pattern, pattern, FEATURES),
+        lambda: sqlite.tff_sqlite(str(path), FEATURES),
+        lambda: write_tfrecord(_dataset(), tmp_path / "new"),
+    ):
+        with pytest.raises(UserError, match=r"^[^\n]*pip install 'fedexp\[tensorflow\]'"):
+            read()
+
+
 def _dataset() -> FederatedDataset:
     rng = np.random.default_rng(0)
     return FederatedDataset.from_clients(

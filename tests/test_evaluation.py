@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import jax
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 
-from fedexp.data import FederatedDataset
+from fedexp.algorithms import fedavg
+from fedexp.data import FederatedDataset, FederatedSplits, uniform
 from fedexp.errors import UserError
-from fedexp.evaluation import EvaluationPlan, Evaluator
+from fedexp.evaluation import Evaluate, Evaluator
+from fedexp.session import Session, Setup
 from fedexp.tasks import classification
 from tests.support import linear
 
@@ -58,15 +61,37 @@ def test_tasks_without_classes_have_no_confusion():
 
 
 def test_a_sample_of_clients_is_the_same_every_time():
-    dataset = linear.dataset()
-    plan = EvaluationPlan(clients=3)
-    first, second = plan.sample(dataset, seed=4), plan.sample(dataset, seed=4)
-    assert first.num_clients == 3
-    np.testing.assert_array_equal(first.client_ids, second.client_ids)
-    assert EvaluationPlan(clients=99).sample(dataset, seed=4) is dataset
+    def losses(clients, full):
+        task = linear.task()
+        setup = Setup(
+            FederatedSplits(linear.dataset(), linear.dataset(seed=1)),
+            task,
+            fedavg(task, optax.sgd(0.1), optax.sgd(1.0)),
+            sampler=uniform(3),
+            evaluations=[Evaluate(clients=clients)],
+            seed=4,
+        )
+        session = Session(setup)
+        return session.evaluate(session.first, [0], full)["test"].per_client["loss"]
+
+    first, second, everyone = losses(3, False), losses(3, False), losses(None, False)
+    assert first.shape == (3,)
+    np.testing.assert_array_equal(first, second)
+    assert np.isin(first, everyone).all()
+    for clients, full in ((99, False), (3, True)):
+        np.testing.assert_array_equal(losses(clients, full), everyone)
 
 
-@pytest.mark.parametrize("field", [{"every": -1}, {"batch_size": 0}, {"clients": 0}])
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"every": -1},
+        {"batch_size": 0},
+        {"clients": 0},
+        {"clients": "everybody"},
+        {"split": "training"},
+    ],
+)
 def test_plans_out_of_range_are_refused(field):
     with pytest.raises(UserError, match=next(iter(field))):
-        EvaluationPlan(**field)
+        Evaluate(**field)

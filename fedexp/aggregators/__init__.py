@@ -1,5 +1,6 @@
 """What happens to client updates on their way to the server, one idea a file."""
 
+from fedexp.aggregators.chain import Aggregators as Aggregators
 from fedexp.aggregators.chain import as_aggregator as as_aggregator
 from fedexp.aggregators.chain import chain as chain
 from fedexp.aggregators.clip import clip_by_norm as clip_by_norm

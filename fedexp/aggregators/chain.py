@@ -9,6 +9,9 @@ from fedexp.contracts import Aggregated, Aggregator, Cohort, PyTree, Sent, Updat
 from fedexp.errors import UserError
 from fedexp.streams import Stream, derive
 
+# What algorithms take for an aggregator; several are a chain.
+Aggregators = Aggregator | Sequence[Aggregator] | None
+
 
 def chain(*links: Aggregator) -> Aggregator:
     """Client halves from left to right, then the last link reduces, then server halves from right to left.
@@ -65,7 +68,7 @@ def chain(*links: Aggregator) -> Aggregator:
     return Aggregator(client, server, init, init_client if has_client_state else None, reduces=True)
 
 
-def as_aggregator(given: Aggregator | Sequence[Aggregator] | None) -> Aggregator:
+def as_aggregator(given: Aggregators) -> Aggregator:
     """What an algorithm makes of its argument: the mean of None, a chain of a sequence."""
     if given is None:
         return mean()

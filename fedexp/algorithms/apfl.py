@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import gin
@@ -11,23 +10,29 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedexp.aggregators import Aggregators
 from fedexp.algorithms.fedavg import averaging
 from fedexp.algorithms.local import PyTree, WeighBy, local_training
-from fedexp.contracts import Aggregator, Algorithm, ClientWork, unstepped
+from fedexp.contracts import Algorithm, ClientWork, unstepped
 from fedexp.errors import check
-from fedexp.tasks import Task, gradient
+from fedexp.tasks import (
+    Task,
+    carrying_statistics,
+    gradient,
+    join_statistics,
+    split_statistics,
+)
 
 
 class Personal(NamedTuple):
-    """What a client keeps: its local model v and () alpha, by how much it counts in the mixture."""
+    """What a client keeps: its local model v, and () alpha, by how much it counts in the mixture."""
 
-    params: PyTree
+    v: PyTree
     alpha: jax.Array
 
-
-def mixture(personal: Personal, params: PyTree) -> PyTree:
-    """alpha v + (1 - alpha) w."""
-    return optax.tree.add_scale(params, personal.alpha, optax.tree.sub(personal.params, params))
+    def mixed_with(self, w: PyTree) -> PyTree:
+        """alpha v + (1 - alpha) w."""
+        return jax.tree.map(lambda v, w: self.alpha * v + (1 - self.alpha) * w, self.v, w)
 
 
 @gin.configurable
@@ -37,7 +42,7 @@ def apfl(
     server_optimizer: optax.GradientTransformation = gin.REQUIRED,
     alpha: float = 0.5,
     alpha_learning_rate: float = 0.01,
-    aggregator: Aggregator | Sequence[Aggregator] | None = None,
+    aggregator: Aggregators = None,
     weigh_by: WeighBy = "examples",
 ) -> Algorithm:
     """Algorithm 1 of Adaptive Personalized Federated Learning (Deng et al. 2020, arXiv:2003.13461).
@@ -58,25 +63,30 @@ def apfl(
     Raises:
       UserError: an alpha outside [0, 1], or a negative alpha_learning_rate.
     """
-    check(0 <= alpha <= 1, f"apfl.alpha must be in [0, 1], got {alpha}")
+    check((alpha >= 0) & (alpha <= 1), f"apfl.alpha must be in [0, 1], got {alpha}")
     check(
         alpha_learning_rate >= 0,
         f"apfl.alpha_learning_rate must not be negative, got {alpha_learning_rate}",
     )
     training = local_training(task, client_optimizer, weigh_by)
+    optimizer = carrying_statistics(client_optimizer)
 
     def client_init(shared, client):
         personal = client.state.own
-        return training.init(shared, client), personal, client_optimizer.init(personal.params)
+        return training.init(shared, client), personal, optimizer.init(personal.v)
 
     def client_step(shared, carry, batch, key):
-        trained, (v, alpha), opt_state = carry
-        grads, _ = gradient(task, mixture(Personal(v, alpha), trained.params), batch, key)
-        slope = optax.tree.vdot(optax.tree.sub(v, trained.params), grads)
-        grads = jax.tree.map(lambda g: alpha * g, grads)
-        updates, opt_state = client_optimizer.update(grads, opt_state, v)
-        alpha = jnp.clip(alpha - alpha_learning_rate * slope, 0, 1)
-        personal = Personal(optax.apply_updates(v, updates), alpha)
+        trained, personal, opt_state = carry
+        grads, _ = gradient(task, personal.mixed_with(trained.params), batch, key)
+        grads, statistics = split_statistics(grads)
+        apart, _ = split_statistics(jax.tree.map(jnp.subtract, personal.v, trained.params))
+        slope = optax.tree.vdot(apart, grads)
+        grads = join_statistics(jax.tree.map(lambda g: personal.alpha * g, grads), statistics)
+        updates, opt_state = optimizer.update(grads, opt_state, personal.v)
+        personal = Personal(
+            optax.apply_updates(personal.v, updates),
+            jnp.clip(personal.alpha - alpha_learning_rate * slope, 0, 1),
+        )
         return training.step(shared, trained, batch, key), personal, opt_state
 
     def client_finish(shared, carry, client):
@@ -84,16 +94,8 @@ def apfl(
         update, kept = training.finish(shared, trained, client)
         return update, kept._replace(own=personal)
 
-    def personal_init(state, client):
-        return mixture(client.state.own, state.params)
-
-    return dataclasses.replace(
-        averaging(
-            task,
-            ClientWork(client_init, client_step, client_finish),
-            server_optimizer,
-            aggregator,
-            own=lambda params: Personal(params, jnp.float32(alpha)),
-        ),
-        personalise=unstepped(personal_init),
-    )
+    work = ClientWork(client_init, client_step, client_finish)
+    first = lambda params: Personal(params, jnp.float32(alpha))  # noqa: E731
+    personal = unstepped(lambda state, client: client.state.own.mixed_with(state.params))
+    algorithm = averaging(task, work, server_optimizer, aggregator, own=first)
+    return dataclasses.replace(algorithm, personalise=personal)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import gin
 import jax
 import optax
 
-from fedexp.aggregators import as_aggregator
+from fedexp.aggregators import Aggregators, as_aggregator
 from fedexp.algorithms.aggregation import aggregate, init_client
 from fedexp.algorithms.local import (
     PyTree,
@@ -19,7 +19,7 @@ from fedexp.algorithms.local import (
     round_metrics,
     server_step,
 )
-from fedexp.contracts import Aggregator, Algorithm, ClientWork, RoundOutput
+from fedexp.contracts import Algorithm, ClientWork, RoundOutput
 from fedexp.tasks import Task, carrying_statistics
 
 
@@ -36,7 +36,7 @@ def fedavg(
     task: Task,
     client_optimizer: optax.GradientTransformation = gin.REQUIRED,
     server_optimizer: optax.GradientTransformation = gin.REQUIRED,
-    aggregator: Aggregator | Sequence[Aggregator] | None = None,
+    aggregator: Aggregators = None,
     client_schedule: Callable[[jax.Array], jax.Array] | None = None,
     weigh_by: WeighBy = "examples",
 ) -> Algorithm:
@@ -65,7 +65,7 @@ def averaging(
     task: Task,
     work: ClientWork,
     server_optimizer: optax.GradientTransformation,
-    aggregator: Aggregator | Sequence[Aggregator] | None = None,
+    aggregator: Aggregators = None,
     client_schedule: Callable[[jax.Array], jax.Array] | None = None,
     own: Callable[[PyTree], PyTree] | None = None,
 ) -> Algorithm:
@@ -82,7 +82,6 @@ def averaging(
     aggregator = as_aggregator(aggregator)
 
     def init(params, key):
-        del key
         opt_state = carrying_statistics(server_optimizer).init(params)
         return ServerState(params, opt_state, aggregator.init(params))
 

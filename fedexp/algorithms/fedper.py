@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import gin
 import optax
 
-from fedexp.aggregators import as_aggregator
+from fedexp.aggregators import Aggregators, as_aggregator
 from fedexp.algorithms.aggregation import aggregate, init_client
 from fedexp.algorithms.local import (
     PyTree,
+    Shared,
     WeighBy,
     local_training,
     round_metrics,
     server_step,
 )
 from fedexp.algorithms.parts import merge, split, without
-from fedexp.contracts import Aggregator, Algorithm, RoundOutput, unstepped
+from fedexp.contracts import Algorithm, RoundOutput, unstepped
 from fedexp.tasks import Task, carrying_statistics
-
-
-class Shared(NamedTuple):
-    """What clients are given: `params` are those that travel."""
-
-    params: PyTree
-    frozen: PyTree
-    rate: None = None
 
 
 class ServerState(NamedTuple):
@@ -52,7 +44,7 @@ def fedper(
     server_optimizer: optax.GradientTransformation = gin.REQUIRED,
     local: str | None = None,
     frozen: str | None = None,
-    aggregator: Aggregator | Sequence[Aggregator] | None = None,
+    aggregator: Aggregators = None,
     weigh_by: WeighBy = "examples",
 ) -> Algorithm:
     """Algorithms 1 and 2 of Federated Learning with Personalization Layers (arXiv:1912.00818).
@@ -83,7 +75,7 @@ def fedper(
         client_optimizer,
         weigh_by,
         start=start,
-        within=lambda shared: without(task, shared.frozen),
+        within=lambda shared: without(task, shared.extra),
     )
 
     def finish(shared, carry, client):
@@ -94,13 +86,12 @@ def fedper(
     work = training._replace(finish=finish)
 
     def init(params, key):
-        del key
         travelling, own, rest = split(params, local, frozen)
         opt_state = carrying_statistics(server_optimizer).init(travelling)
         return ServerState(travelling, own, rest, opt_state, aggregator.init(travelling))
 
     def round_(state, cohort, for_each_client):
-        shared = Shared(state.travelling, state.frozen)
+        shared = Shared(state.travelling, extra=state.frozen)
         sent = aggregate(for_each_client, aggregator, state.aggregator, work, shared, cohort)
         travelling, opt_state = server_step(
             server_optimizer, sent.update, state.opt_state, state.travelling

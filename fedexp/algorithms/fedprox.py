@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import gin
 import jax
 import optax
 
+from fedexp.aggregators import Aggregators
 from fedexp.algorithms.fedavg import averaging
 from fedexp.algorithms.local import WeighBy, local_training
-from fedexp.contracts import Aggregator, Algorithm
+from fedexp.contracts import Algorithm
 from fedexp.errors import check
 from fedexp.tasks import Task
 
@@ -21,7 +22,7 @@ def fedprox(
     mu: float = gin.REQUIRED,
     client_optimizer: optax.GradientTransformation = gin.REQUIRED,
     server_optimizer: optax.GradientTransformation = gin.REQUIRED,
-    aggregator: Aggregator | Sequence[Aggregator] | None = None,
+    aggregator: Aggregators = None,
     client_schedule: Callable[[jax.Array], jax.Array] | None = None,
     weigh_by: WeighBy = "examples",
 ) -> Algorithm:

@@ -34,10 +34,12 @@ class Shared(NamedTuple):
     Attributes:
       params: the server's.
       rate: () factor on the client's learning rate; None for 1.
+      extra: what else an algorithm's steps look at.
     """
 
     params: PyTree
     rate: jax.Array | None = None
+    extra: PyTree = None
 
 
 class Training(NamedTuple):

@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import gin
 import jax
 import optax
 
-from fedexp.aggregators import as_aggregator, mean
+from fedexp.aggregators import Aggregators, as_aggregator, mean
 from fedexp.algorithms.aggregation import aggregate, init_client
-from fedexp.algorithms.local import PyTree, full_gradient, local_training, round_metrics
-from fedexp.contracts import Aggregator, Algorithm, RoundOutput, full_pass
+from fedexp.algorithms.fedavg import ServerState
+from fedexp.algorithms.local import Shared, full_gradient, local_training, round_metrics
+from fedexp.contracts import Algorithm, RoundOutput, full_pass
 from fedexp.tasks import Task, carrying_statistics, gradient
-
-
-class ServerState(NamedTuple):
-    """Parameters x, the base optimizer's statistics s, and the aggregator's state."""
-
-    params: PyTree
-    opt_state: PyTree
-    aggregator: PyTree
-
-
-class Shared(NamedTuple):
-    """What clients are given: x, s and the cohort's mean gradient c at x."""
-
-    params: PyTree
-    opt_state: PyTree
-    control: PyTree
-    rate: None = None
 
 
 @gin.configurable
@@ -38,7 +19,7 @@ def mime(
     task: Task,
     optimizer: optax.GradientTransformation = gin.REQUIRED,
     lite: bool = False,
-    aggregator: Aggregator | Sequence[Aggregator] | None = None,
+    aggregator: Aggregators = None,
     full_batch_size: int = 128,
 ) -> Algorithm:
     """Algorithm 1 of Breaking the centralized barrier (Karimireddy et al. 2021, arXiv:2008.03606).
@@ -59,36 +40,34 @@ def mime(
     def direction(shared, params, grads, batch, key):
         if lite:
             return grads
+        _, control = shared.extra
         at_server, _ = gradient(task, shared.params, batch, key)
-        return jax.tree.map(lambda g, at_x, c: g - at_x + c, grads, at_server, shared.control)
+        return jax.tree.map(lambda g, at_x, c: g - at_x + c, grads, at_server, control)
 
-    def fixed(grads, state, params=None):
-        return optimizer.update(grads, state, params)[0], state
+    def fixed(grads, statistics, params=None):
+        return optimizer.update(grads, statistics, params)[0], statistics
 
-    training = local_training(
-        task, optax.GradientTransformation(optimizer.init, fixed), "uniform", direction
-    )
+    mimicking = optax.GradientTransformation(optimizer.init, fixed)
+    training = local_training(task, mimicking, "uniform", direction)
 
     def client_init(shared, client):
-        return training.init(shared, client)._replace(opt_state=shared.opt_state)
+        statistics, _ = shared.extra
+        return training.init(shared, client)._replace(opt_state=statistics)
 
     work = training._replace(init=client_init)
 
     def init(params, key):
-        del key
         return ServerState(params, base.init(params), aggregator.init(params))
 
     def round_(state, cohort, for_each_client):
-        control = aggregate(
-            for_each_client, mean(), (), full_gradient(task), state, cohort, "full"
-        ).update
-        shared = Shared(state.params, state.opt_state, control)
+        full = full_gradient(task)
+        control = aggregate(for_each_client, mean(), (), full, state, cohort, "full").update
+        shared = Shared(state.params, extra=(state.opt_state, control))
         sent = aggregate(for_each_client, aggregator, state.aggregator, work, shared, cohort)
         _, opt_state = base.update(control, state.opt_state, state.params)
         params = optax.apply_updates(state.params, sent.update)
         state = ServerState(params, opt_state, sent.state)
         return RoundOutput(state, *round_metrics(task, sent), sent.states())
 
-    return Algorithm(
-        init, round_, init_client(aggregator), passes={"full": full_pass(full_batch_size)}
-    )
+    passes = {"full": full_pass(full_batch_size)}
+    return Algorithm(init, round_, init_client(aggregator), passes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import gin
@@ -11,27 +10,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedexp.aggregators import as_aggregator
+from fedexp.aggregators import Aggregators, as_aggregator
 from fedexp.algorithms.aggregation import aggregate, init_client
 from fedexp.algorithms.local import (
     PyTree,
+    Shared,
     full_gradient,
     local_training,
     round_metrics,
     server_step,
 )
-from fedexp.contracts import Aggregator, Algorithm, ClientWork, Cohort, RoundOutput, full_pass
+from fedexp.contracts import Algorithm, ClientWork, Cohort, RoundOutput, full_pass
 from fedexp.errors import UserError, check
 from fedexp.tasks import Task, carrying_statistics
-
-
-class Shared(NamedTuple):
-    """What clients are given, x and the server's control variate c; and in a step, c - c_i."""
-
-    params: PyTree
-    control: PyTree
-    correction: PyTree = None
-    rate: None = None
 
 
 class Control(NamedTuple):
@@ -62,7 +53,7 @@ def scaffold(
     task: Task,
     client_learning_rate: float = gin.REQUIRED,
     server_optimizer: optax.GradientTransformation | None = None,
-    aggregator: Aggregator | Sequence[Aggregator] | None = None,
+    aggregator: Aggregators = None,
     option: int = 2,
     full_batch_size: int = 128,
 ) -> Algorithm:
@@ -94,18 +85,17 @@ def scaffold(
     aggregator = as_aggregator(aggregator)
 
     def direction(shared, params, grads, batch, key):
-        return jax.tree.map(jnp.add, grads, shared.correction)
+        return jax.tree.map(jnp.add, grads, shared.extra)
 
     training = local_training(task, optax.sgd(client_learning_rate), "uniform", direction)
 
     def client_init(shared, client):
-        correction = jax.tree.map(jnp.subtract, shared.control, client.state.own.old)
+        correction = jax.tree.map(jnp.subtract, shared.extra, client.state.own.old)
         return correction, training.init(shared, client)
 
     def client_step(shared, carry, batch, key):
         correction, trained = carry
-        shared = shared._replace(correction=correction)
-        return correction, training.step(shared, trained, batch, key)
+        return correction, training.step(shared._replace(extra=correction), trained, batch, key)
 
     def client_finish(shared, carry, client):
         correction, trained = carry
@@ -124,7 +114,6 @@ def scaffold(
     work = ClientWork(client_init, client_step, client_finish)
 
     def init(params, key):
-        del key
         return ServerState(
             params,
             optax.tree.zeros_like(params),
@@ -136,7 +125,7 @@ def scaffold(
         if option == 1:
             _, gradients = for_each_client(full_gradient(task), state, cohort, "full")
             cohort = renewing(cohort, gradients)
-        shared = Shared(state.params, state.control)
+        shared = Shared(state.params, extra=state.control)
         sent = aggregate(for_each_client, aggregator, state.aggregator, work, shared, cohort)
         share = cohort.size / cohort.population
         control = jax.tree.map(lambda c, d: c + share * d, state.control, sent.update.control)

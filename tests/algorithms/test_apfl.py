@@ -1,0 +1,98 @@
+"""APFL against Deng et al. 2020, Algorithm 1, in NumPy, and the evaluation of its mixtures."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from fedexp.algorithms import apfl
+from fedexp.data import ClientBatching, FederatedSplits, fixed
+from fedexp.engine import Packing, debug, jit
+from fedexp.errors import UserError
+from fedexp.evaluation import Evaluate
+from fedexp.trainer import Experiment
+from tests.support import linear
+from tests.support.clients import (
+    COHORTS,
+    batches,
+    client_states,
+    first,
+    gradient,
+    run,
+    vector,
+)
+
+RATE, ALPHA_RATE, ALPHA = 0.05, 0.02, 0.3
+
+
+def reference() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(w, every client's v, every client's alpha) after the cohorts; clients weighed by examples."""
+    w = first()
+    v, alpha = np.tile(w, (len(linear.SIZES), 1)), np.full(len(linear.SIZES), ALPHA)
+    for cohort in COHORTS:
+        after, weights = [], []
+        for client in cohort:
+            local = w.copy()
+            for x, y in batches(client):
+                mixed = gradient(x, y, alpha[client] * v[client] + (1 - alpha[client]) * local)
+                slope = (v[client] - local) @ mixed
+                own = gradient(x, y, local)
+                v[client] = v[client] - RATE * alpha[client] * mixed
+                alpha[client] = np.clip(alpha[client] - ALPHA_RATE * slope, 0, 1)
+                local -= RATE * own
+            after.append(local)
+            weights.append(linear.SIZES[client])
+        w = np.average(after, axis=0, weights=weights)
+    return w, v, alpha
+
+
+def algorithm():
+    sgd = optax.sgd(RATE)
+    return apfl(linear.task(), sgd, optax.sgd(1.0), ALPHA, ALPHA_RATE)
+
+
+@pytest.mark.parametrize("strategy", [debug, jit, lambda: jit(Packing(lanes=3))])
+def test_three_rounds_equal_numpy(strategy):
+    engine, output = run(algorithm(), strategy())
+    w, v, alpha = reference()
+    assert not np.allclose(alpha, ALPHA)
+    np.testing.assert_allclose(vector(output.state.params), w, rtol=1e-5, atol=1e-5)
+    states = client_states(engine).own
+    np.testing.assert_allclose(states.v["w"], v[:, :3], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(states.v["b"], v[:, 3], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(states.alpha, alpha, rtol=1e-4, atol=1e-6)
+
+
+def test_personalised_evaluation_measures_each_client_with_its_mixture():
+    start = linear.task().init(jax.random.key(0), None)
+    result = Experiment(
+        FederatedSplits(linear.dataset(), linear.dataset(seed=1)),
+        dataclasses.replace(linear.task(), init=lambda key, batch: start),
+        algorithm(),
+        num_rounds=3,
+        sampler=fixed(COHORTS),
+        batching=ClientBatching(4, shuffle=False),
+        evaluations=[Evaluate(), Evaluate(personalise=True)],
+        observers=[],
+    ).run()
+    w, v, alpha = reference()
+    squares = [], []
+    for client in range(len(linear.SIZES)):
+        data = linear.dataset(seed=1).client(client)
+        x = np.column_stack([data["x"], np.ones(len(data["y"]))])
+        for into, theta in zip(
+            squares, (w, alpha[client] * v[client] + (1 - alpha[client]) * w), strict=True
+        ):
+            into.extend((x @ theta - data["y"]) ** 2)
+    assert result.metrics["test/loss"] == pytest.approx(np.mean(squares[0]), rel=1e-4)
+    assert result.metrics["test_personal/loss"] == pytest.approx(np.mean(squares[1]), rel=1e-4)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1])
+def test_an_alpha_outside_the_unit_interval_is_refused(alpha):
+    with pytest.raises(UserError, match=r"apfl.alpha must be in \[0, 1\]"):
+        apfl(linear.task(), optax.sgd(0.1), optax.sgd(1.0), alpha)

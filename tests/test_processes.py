@@ -22,13 +22,35 @@ SCAFFOLD = (
 )
 
 
+# Counts what processes tell each other besides rounds and evaluations.
+COUNTING = """
+import sys
+from jax.experimental import multihost_utils
+
+calls = []
+for name in ("process_allgather", "broadcast_one_to_all", "sync_global_devices", "assert_equal"):
+    setattr(multihost_utils, name, lambda *args, name=name, **kwargs: calls.append(name))
+
+from fedexp import runtime
+
+runtime.start()
+
+from tests.test_trainer import run
+
+print(run(num_rounds=20).rounds, "rounds,", calls, "calls", file=sys.stderr)
+"""
+
+
 def start(workdir: Path, *params: str, processes: int = 2) -> list[subprocess.Popen]:
+    command = ["-m", "fedexp.main", "--gin_file=tests/support/linear.gin"]
+    command += [f"--workdir={workdir}", *(f"--gin_param={param}" for param in params)]
+    return launch([*command, "--gin_param=runtime.lost_after_seconds = 10"], processes)
+
+
+def launch(command: list[str], processes: int) -> list[subprocess.Popen]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "fedexp.main", "--gin_file=tests/support/linear.gin"]
-    command += [f"--workdir={workdir}", *(f"--gin_param={param}" for param in params)]
-    command += ["--gin_param=runtime.lost_after_seconds = 10"]
     running = []
     for number in range(processes):
         env = os.environ | {
@@ -38,7 +60,7 @@ def start(workdir: Path, *params: str, processes: int = 2) -> list[subprocess.Po
         }
         running.append(
             subprocess.Popen(
-                command,
+                [sys.executable, *command],
                 cwd=REPOSITORY,
                 env=env,
                 stdout=subprocess.DEVNULL,
@@ -112,6 +134,14 @@ def test_a_signal_to_one_process_stops_both_after_the_same_round(tmp_path):
     assert [code for code, _ in ended] == [128 + signal.SIGTERM] * 2, ended
     stopped = int(ended[0][1].split("stopped after round ")[1].split(";")[0])
     assert (tmp_path / "checkpoints" / str(stopped)).is_dir()
+
+
+@pytest.mark.slow
+def test_processes_agree_to_go_on_within_the_round():
+    ended = finish(launch(["-c", COUNTING], processes=2))
+    for code, errors in ended:
+        assert code == 0, errors
+        assert "20 rounds, [] calls" in errors
 
 
 @pytest.mark.slow

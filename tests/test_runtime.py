@@ -1,4 +1,4 @@
-"""Which environment makes a process join others."""
+"""Which environment makes a process join others, and which errors are about them."""
 
 from __future__ import annotations
 
@@ -110,3 +110,59 @@ def test_compiled_programs_are_not_kept_if_told_so_or_impossible(
         monkeypatch.setenv(name, value)
     runtime.start(keep_compiled=keep)
     assert not settings
+
+
+OUT_OF_MEMORY = jax.errors.JaxRuntimeError(
+    "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 68719476736 bytes."
+)
+LOST = [
+    "UNKNOWN: Gloo all-reduce failed: [external/gloo/gloo/transport/tcp/pair.cc:547] "
+    "Connection closed by peer [127.0.0.1]:47211",
+    "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats): "
+    "/job:jax_worker/replica:0/task:1",
+    "DEADLINE_EXCEEDED: Barrier timed out. Id: Checkpointer:save. This usually happens because a task "
+    "triggered the barrier too early or too slowly.",
+    "INTERNAL: NCCL operation ncclGroupEnd() failed: remote process exited or there was a network error.",
+]
+
+
+def end(error: Exception, monkeypatch, capsys) -> tuple[int, str]:
+    """Exit code and stderr of one of two processes that meets an error."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(SystemExit) as ended, runtime.leaving_a_broken_group():
+        raise error
+    return ended.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [OUT_OF_MEMORY, ValueError("boom")])
+def test_what_is_no_fault_of_others_is_told_with_its_traceback(error, monkeypatch, capsys):
+    assert not runtime.is_about_others(error)
+    code, errors = end(error, monkeypatch, capsys)
+    assert code == 1
+    assert errors.startswith("Traceback") and str(error) in errors
+    assert "another process is lost" not in errors
+
+
+@pytest.mark.parametrize("message", LOST)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_lost_process_is_told_in_one_line(message, wrapped, monkeypatch, capsys):
+    error = jax.errors.JaxRuntimeError(message)
+    if wrapped:
+        outer = UserError("Cannot write checkpoints")
+        outer.__cause__ = error
+        error = outer
+    assert runtime.is_about_others(error)
+    code, errors = end(error, monkeypatch, capsys)
+    assert code == 75
+    assert errors.startswith("error: another process is lost") and "Traceback" not in errors
+
+
+def test_what_all_processes_meet_is_passed_on(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="diverged"), runtime.leaving_a_broken_group():
+        raise UserError("the run diverged")
+
+
+def test_a_single_process_meets_its_errors_itself():
+    with pytest.raises(jax.errors.JaxRuntimeError), runtime.leaving_a_broken_group():
+        raise jax.errors.JaxRuntimeError(LOST[0])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
+import itertools
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -20,15 +23,19 @@ import pytest
 from flax import linen as nn
 
 from fedexp import config
+from fedexp.aggregators import chain, mean
 from fedexp.algorithms import fedavg, scaffold
-from fedexp.checkpointing import Checkpointer
-from fedexp.data import ClientBatching, FederatedDataset, FederatedSplits, fixed, poisson, uniform
+from fedexp.checkpointing import Checkpointer, CheckpointPlan, Saver
+from fedexp.contracts import Aggregated, Aggregator, Sent
+from fedexp.data import FederatedDataset, FederatedSplits, fixed, poisson, uniform
+from fedexp.engine import Packing, jit
 from fedexp.errors import UserError
-from fedexp.evaluation import EvaluationPlan
-from fedexp.strategies import jit
+from fedexp.evaluation import Evaluate
+from fedexp.reporting import JsonLines, TensorBoard
+from fedexp.session import Session, Setup
 from fedexp.summaries import Writer
-from fedexp.tasks import classification
-from fedexp.trainer import CheckpointPlan, train
+from fedexp.tasks import Measure, classification
+from fedexp.trainer import Experiment
 from tests.support import linear
 from tests.support.tensorboard import eventually, serve
 
@@ -39,10 +46,14 @@ EVERY_THREE = CheckpointPlan(every=3, best_metric="test/mae", best_mode="min")
 def run(workdir=None, *, algorithm=None, task=None, num_rounds=12, **options):
     task = task or linear.task(noise=0.1)
     algorithm = algorithm or fedavg(task, optax.sgd(0.05), optax.adam(0.1))
-    options = {"sampler": uniform(4), "checkpoints": EVERY_THREE, "quiet": True} | options
-    return train(
-        linear.splits(), task, algorithm, num_rounds=num_rounds, workdir=workdir, **options
-    )
+    options = {
+        "dataset": linear.splits(),
+        "sampler": uniform(4),
+        "checkpoints": EVERY_THREE,
+    } | options
+    options = {"observers": [TensorBoard()]} | options
+    experiment = Experiment(task=task, algorithm=algorithm, num_rounds=num_rounds, **options)
+    return experiment.run(workdir)
 
 
 def test_training_learns_and_reports_what_it_evaluated(tmp_path):
@@ -68,14 +79,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, algorit
             "fedavg": fedavg(task, optax.adam(0.05), optax.adam(0.1)),
             "scaffold": scaffold(task, 0.05, optax.adam(0.1)),
         }
-        plan = EvaluationPlan(every=6)
         return run(
             workdir,
             task=task,
             algorithm=algorithms[algorithm],
             num_rounds=num_rounds,
-            strategy=jit(lanes),
-            evaluation=plan,
+            strategy=jit(Packing(lanes=lanes)),
+            evaluations=[Evaluate(every=6)],
         )
 
     whole = go(tmp_path / "whole", 12)
@@ -83,6 +93,69 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, algorit
     parts = go(tmp_path / "parts", 12)
     assert parts.history == whole.history
     jax.tree.map(np.testing.assert_array_equal, parts.params, whole.params)
+
+
+def noisy_mean() -> Aggregator:
+    """A mean and noise on it, from a typed key that is split in every round."""
+
+    def server(state, total, each, later, cohort, key):
+        own, state = jax.random.split(state)
+        noise = optax.tree.random_like(own, later, jax.random.normal)
+        return Aggregated(optax.tree.add_scale(later, 0.1, noise), state)
+
+    return chain(
+        Aggregator(
+            client=lambda state, update, client_state, key: Sent(update),
+            server=server,
+            init=lambda value: jax.random.key(7),
+        ),
+        mean(),
+    )
+
+
+def go_on_with_keys(workdir, strategy):
+    """A run whose optimizers and aggregator keep typed keys, once in one go and once in two."""
+
+    def go(workdir, num_rounds):
+        task = linear.task()
+        noise = optax.add_noise(0.1, 0.5, jax.random.key(3))
+        algorithm = fedavg(
+            task,
+            optax.chain(noise, optax.sgd(0.05)),
+            optax.chain(noise, optax.sgd(1.0)),
+            noisy_mean(),
+        )
+        options = {"strategy": strategy, "evaluations": [Evaluate(every=4)]}
+        return run(workdir, task=task, algorithm=algorithm, num_rounds=num_rounds, **options)
+
+    whole = go(workdir / "whole", 8)
+    go(workdir / "parts", 4)
+    parts = go(workdir / "parts", 8)
+    assert parts.history == whole.history
+    jax.tree.map(np.testing.assert_array_equal, parts.params, whole.params)
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_typed_keys_in_states_are_saved_and_restored(tmp_path, lanes):
+    go_on_with_keys(tmp_path, jit(Packing(lanes=lanes)))
+
+
+def test_typed_keys_in_states_are_saved_and_restored_on_two_devices(tmp_path):
+    code = f"""
+        import jax, pathlib
+        jax.config.update("jax_num_cpu_devices", 2)
+        from fedexp.engine import mesh
+        from tests.test_trainer import go_on_with_keys
+        assert mesh().placement.num_devices == 2
+        go_on_with_keys(pathlib.Path({str(tmp_path)!r}), mesh())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def command(workdir, *params):
@@ -125,7 +198,7 @@ def outcome(workdir):
     checkpointer = Checkpointer(workdir / "checkpoints")
     template = {
         "server": fedavg(linear.task(), optax.sgd(0.05), optax.adam(0.1)).init(
-            linear.task().init(jax.random.key(0), None)
+            linear.task().init(jax.random.key(0), None), jax.random.key(0)
         ),
         "clients": {},
     }
@@ -237,6 +310,27 @@ def test_spreads_are_the_mean_and_percentiles_over_clients(tmp_path, monkeypatch
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+def test_perf_compilations_are_what_jax_tells(tmp_path):
+    told = []
+
+    def note(event, duration, **about):
+        if event == "/jax/core/compile/backend_compile_duration":
+            told.append(about["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        sampler = fixed([[0, 1], [0, 1, 2, 3]])
+        run(tmp_path, sampler=sampler, num_rounds=4, observers=[JsonLines()])
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    compiled = told.count("jit(_traced)")
+    assert compiled == 2
+    lines = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
+    rounds = [line["perf/compilations"] for line in lines if "perf/compilations" in line]
+    assert len(rounds) == 4 and rounds[-1] == compiled
+    assert json.loads((tmp_path / "final.json").read_text())["perf"]["compilations"] == compiled
+
+
 def test_a_best_metric_that_evaluation_lacks_is_refused_before_training():
     with pytest.raises(
         UserError, match=r"'test/accuracy', but evaluation gives \['test/loss', 'test/mae'\]"
@@ -264,30 +358,154 @@ def test_a_checkpoint_of_another_algorithm_is_refused(tmp_path):
         run(tmp_path, task=task, algorithm=scaffold(task, 0.1), num_rounds=6)
 
 
-def test_an_empty_poisson_cohort_leaves_the_server_alone():
-    task = linear.task()
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("changed", ["ids", "sizes"])
+def test_a_checkpoint_of_other_data_is_refused(tmp_path, split, changed):
+    run(tmp_path, num_rounds=3)
+    other = linear.dataset((*linear.SIZES[:-1], 12))
+    if changed == "ids":
+        clients = dict(linear.dataset().clients())
+        clients["renamed"] = clients.pop("client6")
+        other = FederatedDataset.from_clients(clients)
+    message = f"{tmp_path} are of other data: the {split} split had other clients, or other numbers"
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, dataset=linear.splits()._replace(**{split: other}), num_rounds=6)
+    assert run(tmp_path, num_rounds=6).rounds == 6
+
+
+def test_a_checkpoint_from_before_there_were_fingerprints_is_accepted(tmp_path, monkeypatch):
+    save = Checkpointer.save
+
+    def save_as_before(checkpointer, round_, state, metadata, metrics):
+        assert metadata.keys() == {"history", "best", "data"}
+        metadata = {name: value for name, value in metadata.items() if name != "data"}
+        save(checkpointer, round_, state, metadata, metrics)
+
+    whole = run(tmp_path / "whole", num_rounds=6)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpointer, "save", save_as_before)
+        run(tmp_path / "parts", num_rounds=3)
+    parts = run(tmp_path / "parts", num_rounds=6)
+    assert parts.history[-1] == whole.history[-1]
+
+
+def test_an_empty_poisson_cohort_is_a_round_in_which_momentum_goes_on():
+    """One full batch a client: the weighted mean update is a step along the cohort's own gradient."""
+    task, data = linear.task(), linear.dataset()
     algorithm = fedavg(task, optax.sgd(0.05), optax.sgd(1.0, momentum=0.9))
-    sampler = poisson(0.4)
-    ids = linear.dataset().client_ids
-    sizes = [len(sampler.sample(ids, 0, round_)) for round_ in range(12)]
-    assert 0 in sizes and max(sizes) > 0
-    options = {"task": task, "algorithm": algorithm, "batching": ClientBatching(shuffle=False)}
-    result = run(sampler=sampler, **options)
+    result = run(sampler=poisson(0.4), task=task, algorithm=algorithm)
     assert result.rounds == 12
-    cohorts = [sampler.sample(ids, 0, round_).tolist() for round_ in range(12) if sizes[round_]]
-    dense = run(sampler=fixed(cohorts), num_rounds=len(cohorts), **options)
-    np.testing.assert_allclose(result.params["w"], dense.params["w"], rtol=1e-6)
+
+    first = Session(Setup(linear.splits(), task, algorithm, sampler=poisson(0.4))).params
+    theta, velocity, sizes = np.append(first["w"], first["b"]).astype(float), 0.0, []
+    for round_ in range(12):
+        cohort = poisson(0.4).sample(data.client_ids, 0, round_).clients
+        sizes.append(len(cohort))
+        step = np.zeros(len(theta))
+        if len(cohort):
+            examples = [data.client(client) for client in cohort]
+            x = np.concatenate([one["x"] for one in examples]).astype(float)
+            y = np.concatenate([one["y"] for one in examples]).astype(float)
+            x = np.column_stack([x, np.ones(len(y))])
+            step = -0.05 * 2 * x.T @ (x @ theta - y) / len(y)
+        velocity = 0.9 * velocity + step
+        theta = theta + velocity
+    assert any(before and not size for before, size in itertools.pairwise(sizes))
+    np.testing.assert_allclose(result.params["w"], theta[:-1], rtol=1e-5)
+    np.testing.assert_allclose(result.params["b"], theta[-1], rtol=1e-5)
+
+
+def test_a_run_over_empty_cohorts_can_be_interrupted_anywhere(tmp_path):
+    sampler, ids = poisson(0.6), linear.dataset().client_ids
+    sizes = [len(sampler.sample(ids, 0, round_).clients) for round_ in range(12)]
+    after_empty = [number for number, size in enumerate(sizes, 1) if not size]
+    assert after_empty == [1, 2, 4, 6, 7, 10]  # As the sampler's stream has it.
+
+    def go(workdir, num_rounds):
+        options = {"sampler": sampler, "evaluations": [Evaluate(every=1)]}
+        return run(workdir, num_rounds=num_rounds, **options)
+
+    whole = go(tmp_path / "whole", 12)
+    for row in whole.history:
+        assert {"test/loss", "test/mae"} < row.keys()
+        assert ("train/loss" in row) == (row["round"] not in after_empty)
+    for cut in (3, 4, 6):
+        go(tmp_path / str(cut), cut)
+        parts = go(tmp_path / str(cut), 12)
+        assert parts.history == whole.history
+        jax.tree.map(np.testing.assert_array_equal, parts.params, whole.params)
+
+
+def with_weights(weights: tuple[float, ...]):
+    """The linear task with a weight of its own for every client's examples, and data to go with it."""
+    task, clients = linear.task(), dict(linear.dataset().clients())
+    for weight, examples in zip(weights, clients.values(), strict=True):
+        examples["weight"] = np.full(len(examples["y"]), weight, np.float32)
+
+    def weighted(metric):
+        def weigh(outputs, batch):
+            return Measure(batch["weight"] * metric(outputs, batch).values, batch["weight"])
+
+        return weigh
+
+    metrics = {name: weighted(metric) for name, metric in task.metrics.items()}
+    task = dataclasses.replace(task, loss=weighted(task.loss), metrics=metrics)
+    data = FederatedDataset.from_clients(clients)
+    return FederatedSplits(data, data), task
+
+
+def test_clients_without_weight_do_not_count_in_percentiles(tmp_path, monkeypatch):
+    splits, task = with_weights((1, 1, 0, 1, 0, 1, 2))
+    algorithm = fedavg(task, optax.sgd(0.0), optax.sgd(1.0))
+    scalars = collections.defaultdict(dict)
+    monkeypatch.setattr(Writer, "scalars", lambda _, step, values: scalars[step].update(values))
+    result = run(
+        tmp_path,
+        dataset=splits,
+        task=task,
+        algorithm=algorithm,
+        num_rounds=1,
+        sampler=uniform(7),
+    )
+    w, losses = np.asarray(result.params["w"]), []
+    for client in (0, 1, 3, 5, 6):
+        examples = splits.train.client(client)
+        losses.append(np.mean((examples["x"] @ w - examples["y"]) ** 2))
+    expected = [np.mean(losses), *np.percentile(losses, [10, 90])]
+    for name in ("clients/loss", "clients/test_loss"):
+        found = [scalars[1][f"{name}/{part}"] for part in ("mean", "p10", "p90")]
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_the_best_metric_is_always_of_the_same_clients(tmp_path, monkeypatch):
+    """The last evaluation is of all clients; beside those on the way it would be of another kind."""
+    measured = {}
+    save = Saver.save
+    monkeypatch.setattr(
+        Saver,
+        "save",
+        lambda saver, saved, value: (
+            measured.update({saved.done: value}),
+            save(saver, saved, value),
+        ),
+    )
+    options = {"evaluations": [Evaluate(every=4, clients=2)], "checkpoints": EVERY_THREE}
+    on_the_way = run(tmp_path / "longer", num_rounds=16, **options).history[2]
+    last = run(tmp_path / "shorter", num_rounds=12, **options).history[2]
+    assert on_the_way["round"] == last["round"] == 12
+    assert on_the_way["test/mae"] != last["test/mae"]
+    assert measured[12] == on_the_way["test/mae"]
 
 
 def test_sampled_evaluation_on_the_way_and_full_evaluation_at_the_end():
-    result = run(evaluation=EvaluationPlan(every=4, clients=2))
-    full = run(evaluation=EvaluationPlan(every=4))
+    result = run(evaluations=[Evaluate(every=4, clients=2)])
+    full = run(evaluations=[Evaluate(every=4)])
     assert result.history[-1] == full.history[-1]
     assert result.history[0]["test/loss"] != full.history[0]["test/loss"]
 
 
 def test_the_best_checkpoint_is_kept(tmp_path):
-    result = run(tmp_path, num_rounds=60, evaluation=EvaluationPlan(every=5))
+    result = run(tmp_path, num_rounds=60, evaluations=[Evaluate(every=5)])
     checkpointer = Checkpointer(tmp_path / "checkpoints", best_metric="test/mae", best_mode="min")
     best = min(result.history, key=lambda row: row["test/mae"])
     assert checkpointer.best() == best["round"]
@@ -309,7 +527,7 @@ def test_test_clients_may_differ_from_training_clients():
     task = linear.task()
     splits = FederatedSplits(linear.dataset(), linear.dataset(sizes=(4, 30), seed=2))
     algorithm = fedavg(task, optax.sgd(0.05), optax.sgd(1.0))
-    result = train(splits, task, algorithm, num_rounds=2, sampler=uniform(3), quiet=True)
+    result = run(dataset=splits, task=task, algorithm=algorithm, num_rounds=2)
     assert np.isfinite(result.metrics["test/loss"])
 
 
@@ -333,14 +551,14 @@ def images(seed: int) -> FederatedDataset:
 @pytest.mark.slow
 def test_a_real_tensorboard_shows_the_run(tmp_path):
     task = classification(Logistic(), num_classes=10)
-    result = train(
-        FederatedSplits(images(0), images(1)),
-        task,
-        fedavg(task, optax.sgd(0.1), optax.sgd(1.0)),
+    result = run(
+        tmp_path,
+        dataset=FederatedSplits(images(0), images(1)),
+        task=task,
+        algorithm=fedavg(task, optax.sgd(0.1), optax.sgd(1.0)),
         num_rounds=20,
         sampler=uniform(2),
-        workdir=tmp_path,
-        quiet=True,
+        checkpoints=CheckpointPlan(),
     )
     with serve(tmp_path) as tensorboard:
         shown = eventually(lambda: tensorboard.scalars("test/accuracy"), timeout=60)
@@ -368,11 +586,11 @@ def test_real_digits_by_real_writers():
     overrides = [
         f"emnist.data_dir = '{folder}/mnist_by_writer'",
         "train.num_rounds = 15",
-        "EvaluationPlan.every = 0",
+        "evaluate.every = 0",
     ]
     config.load(["emnist_digits_fedadam.gin"], overrides)
     try:
-        result = train(overrides=overrides, quiet=True)
+        result = Experiment(observers=[]).run(overrides=overrides)
     finally:
         gin.clear_config()
     assert result.metrics["test/accuracy"] > 0.8

@@ -68,6 +68,26 @@ def test_a_larger_cohort_takes_the_next_bucket():
     assert engine.runner.compilations == 2
 
 
+def test_compilations_are_what_jax_tells():
+    """Not what is traced: a state that lies elsewhere is compiled for anew, without another trace."""
+    told = []
+
+    def note(event, duration, **about):
+        if event == "/jax/core/compile/backend_compile_duration":
+            told.append(about["fun_name"])
+
+    engine, state = bind(jit(), cohort_size=2)
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        for number, size in enumerate([2, 4, 3, 2, 1]):
+            state = jax.device_get(state) if number == 3 else state
+            state = engine.run(state, engine.prepare(number, np.arange(size))).state
+            assert engine.runner.compilations == len(told)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert told == ["jit(_traced)"] * 3
+
+
 def test_memory_is_given_back_after_compiling_and_not_otherwise(monkeypatch):
     rounds_done, released = [], []
     module = sys.modules[Runner.__module__]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import gin
 import pytest
 
-import fedexp.trainer
 from fedexp import config
 from fedexp.errors import UserError
+from fedexp.trainer import Experiment
 
 LINEAR = "tests/support/linear.gin"
 
@@ -42,6 +44,36 @@ def test_a_missing_file_lists_the_shipped_ones():
         config.load(["no_such.gin"], [])
 
 
+def test_an_ambiguous_name_is_refused():
+    for module in ("here", "there"):
+        gin.external_configurable(lambda: None, name="of_two_modules", module=module)
+    with pytest.raises(UserError, match=r"gin: .*Ambiguous selector 'of_two_modules'"):
+        config.load([], ["train.task = @of_two_modules()"])
+
+
+def test_loading_changes_logging_once_and_no_other_message(caplog):
+    root = logging.getLogger()
+    config.load([LINEAR], [])
+    filters, prefixes = list(root.filters), list(gin.config._LOCATION_PREFIXES)
+    gin.clear_config()
+    config.load([LINEAR], [])
+    assert filters == root.filters and prefixes == gin.config._LOCATION_PREFIXES
+    for message in (ValueError("x"), 123, "Path not found: here", "Path found"):
+        root.warning(message)
+    assert caplog.messages == ["x", "123", "Path found"]
+
+
+@pytest.mark.parametrize(
+    ("code", "error"), [("import os; os.no_such", AttributeError), ("open('/gone')", OSError)]
+)
+def test_a_bug_in_an_imported_module_keeps_its_traceback(tmp_path, monkeypatch, code, error):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "module_with_a_bug.py").write_text(f"def run():\n    {code}\n\nrun()\n")
+    with pytest.raises(error) as caught:
+        config.load([], ["import module_with_a_bug"])
+    assert not isinstance(caught.value, UserError)
+
+
 def test_every_shipped_config_parses():
     names = sorted(path.name for path in config.shipped_configs().glob("*.gin"))
     assert "quickstart.gin" in names
@@ -60,18 +92,18 @@ def test_a_file_of_the_current_folder_comes_first(tmp_path, monkeypatch):
 
 def test_a_workdir_of_the_same_config_is_taken_up(tmp_path):
     config.load([LINEAR], [])
-    config.claim(tmp_path)
-    config.claim(tmp_path)
+    config.prepare_workdir(tmp_path)
+    config.prepare_workdir(tmp_path)
 
 
 def test_a_workdir_of_another_config_is_refused_with_the_differences(tmp_path):
     config.load([LINEAR], ["train.seed = 1"])
-    config.claim(tmp_path)
+    config.prepare_workdir(tmp_path)
     (tmp_path / config.OPERATIVE).touch()
     gin.clear_config()
     config.load([LINEAR], ["server/adam.learning_rate = 0.2"])
     with pytest.raises(UserError) as caught:
-        config.claim(tmp_path)
+        config.prepare_workdir(tmp_path)
     lines = str(caught.value).splitlines()
     assert lines[1:3] == [
         "  server/adam.learning_rate: 0.1 -> 0.2",
@@ -82,20 +114,20 @@ def test_a_workdir_of_another_config_is_refused_with_the_differences(tmp_path):
 
 def test_a_run_that_never_began_leaves_its_workdir_to_the_next(tmp_path):
     config.load([LINEAR], ["train.seed = 1"])
-    config.claim(tmp_path)
+    config.prepare_workdir(tmp_path)
     gin.clear_config()
     config.load([LINEAR], ["train.seed = 2"])
-    config.claim(tmp_path)
+    config.prepare_workdir(tmp_path)
     assert "train.seed = 2\n" in (tmp_path / "config.gin").read_text()
 
 
 def test_a_config_change_can_be_allowed(tmp_path):
     config.load([LINEAR], ["train.seed = 1"])
-    config.claim(tmp_path)
+    config.prepare_workdir(tmp_path)
     (tmp_path / config.OPERATIVE).touch()
     gin.clear_config()
     config.load([LINEAR], ["train.seed = 2", "workdir.allow_config_change = True"])
-    config.claim(tmp_path)
+    config.prepare_workdir(tmp_path)
     assert "train.seed = 2\n" in (tmp_path / "config.gin").read_text()
     assert "allow_config_change" not in (tmp_path / "config.gin").read_text()
 
@@ -103,26 +135,35 @@ def test_a_config_change_can_be_allowed(tmp_path):
 def test_the_recorded_config_can_be_loaded_again(tmp_path):
     config.load([LINEAR], ["train.seed = 5"])
     before = config.bindings()
-    config.claim(tmp_path)
+    config.prepare_workdir(tmp_path)
     gin.clear_config()
     config.load([str(tmp_path / "config.gin")], [])
     assert config.bindings() == before
 
 
+@pytest.mark.parametrize("record", ["", "\n \n"])
+def test_a_blank_record_refuses_nothing(tmp_path, record):
+    (tmp_path / config.OPERATIVE).touch()
+    (tmp_path / "config.gin").write_text(record)
+    config.load([LINEAR], ["train.seed = 5"])
+    config.prepare_workdir(tmp_path)
+    assert "train.seed = 5\n" in (tmp_path / "config.gin").read_text()
+
+
 def test_an_unwritable_workdir_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write to --workdir=.*file/run: Not a directory"):
-        config.claim(tmp_path / "file" / "run")
+        config.prepare_workdir(tmp_path / "file" / "run")
 
 
 def test_an_override_that_nothing_reads_is_refused():
     overrides = ["client/adam.learning_rate = 0.3"]
     config.load([LINEAR], overrides)
     with pytest.raises(UserError, match=r"client/adam.learning_rate = 0.3 has no effect"):
-        fedexp.trainer.train(overrides=overrides, quiet=True)
+        Experiment(observers=()).run(overrides=overrides)
 
 
 def test_an_override_that_is_read_is_accepted():
     overrides = ["client/sgd.learning_rate = 0.01", "train.num_rounds = 1", "task = 3"]
     config.load([LINEAR], overrides)
-    assert fedexp.trainer.train(overrides=overrides, quiet=True).rounds == 1
+    assert Experiment(observers=()).run(overrides=overrides).rounds == 1

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -26,14 +27,13 @@ from fedexp.checkpointing import Checkpointer
 from fedexp.data import download
 from fedexp.errors import UserError
 from fedexp.summaries import Writer
+from tests.support.disk import assert_safe, recorded
 from tests.support.tensorboard import tensors
 
 REPOSITORY = Path(__file__).parent.parent
 EXPERIMENT = """
 include 'parts/emnist.gin'
-train.algorithm = @fedavg()
-train.task = %task
-fedavg.task = %task
+train.algorithm = @fedavg
 fedavg.client_optimizer = @client/sgd()
 fedavg.server_optimizer = @server/sgd()
 client/sgd.learning_rate = 0.1
@@ -47,7 +47,7 @@ EmnistLogistic.num_classes = 10
 uniform.cohort_size = 2
 train.sampler = @uniform()
 train.num_rounds = 100000
-EvaluationPlan.every = 40
+evaluate.every = 40
 CheckpointPlan.every = 20
 """
 
@@ -100,20 +100,75 @@ def test_files_are_the_same_here_and_there(tmp_path, memory):
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
+def test_a_power_cut_leaves_the_old_file_or_the_new_one(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    paths.write(path, "old")
+    done = recorded(monkeypatch)
+    paths.write(path, "new")
+    file = os.stat(path).st_ino
+    assert done == [("fsync", file), ("replace", path.name), ("fsync", os.stat(tmp_path).st_ino)]
+
+
+def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    (tmp_path / "part" / "sub").mkdir(parents=True)
+    for name in ("a", "sub/b"):
+        (tmp_path / "part" / name).write_text(name)
+    (tmp_path / "part" / "a").chmod(0o400)
+    done = recorded(monkeypatch)
+    paths.replace(tmp_path / "part", tmp_path / "whole")
+    assert_safe(done, tmp_path / "whole")
+
+
+def test_folders_that_cannot_be_synced_are_renamed_all_the_same(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def refuse_folders(file):
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(22, "Invalid argument")
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    paths.write(tmp_path / "a.txt", "a")
+    assert (tmp_path / "a.txt").read_text() == "a"
+    monkeypatch.setattr(os, "fsync", lambda file: os.write(file, b""))  # Bad file descriptor.
+    with pytest.raises(OSError):
+        paths.write(tmp_path / "b.txt", "b")
+    assert not (tmp_path / "b.txt").exists()
+
+
+@pytest.mark.parametrize("name", ["../escaped", "1/../../escaped", "/tmp/escaped", "1/.."])
+def test_names_that_lead_out_of_a_folder_are_refused(memory, tmp_path, name):
+    store().pipe_file(f"{memory}/run/{name}", b"!")
+    paths.write(f"{memory}/run/1/a", "a")
+    with pytest.raises(UserError, match=rf"name '{name}' in {memory}/run leads out"):
+        paths.download(f"{memory}/run", ["1/a", name], tmp_path / "here")
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_are_found_as_the_bucket_has_them(s3, tmp_path):
+    for name in ("1/a", "1/../../escaped", "2/../b"):
+        s3.pipe_file(f"bucket/names/run/{name}", b"!")
+    names = paths.find("s3://bucket/names/run")
+    assert sorted(names) == ["1/../../escaped", "1/a", "2/../b"]
+    with pytest.raises(UserError, match=r"leads out"):
+        paths.download("s3://bucket/names/run", names, tmp_path / "here")
+    assert not (tmp_path / "escaped").exists()
+
+
 @pytest.mark.parametrize("library", ["gcsfs", "s3fs"])
 def test_a_missing_library_is_named_with_its_extra(monkeypatch, library):
     scheme, extra = {"gcsfs": ("gs", "gcs"), "s3fs": ("s3", "s3")}[library]
     monkeypatch.setitem(sys.modules, library, None)
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, scheme, raising=False)
     with pytest.raises(UserError, match=rf"needs {library}, .* pip install 'fedexp\[{extra}\]'"):
-        config.claim(f"{scheme}://bucket/run")
+        config.prepare_workdir(f"{scheme}://bucket/run")
     with pytest.raises(UserError, match=rf"needs {library}, .* pip install 'fedexp\[{extra}\]'"):
         config.load([f"{scheme}://bucket/a.gin"], [])
 
 
 def test_an_unknown_scheme_is_refused():
     with pytest.raises(UserError, match=r"--workdir=foo://bucket/run: .*foo"):
-        config.claim("foo://bucket/run")
+        config.prepare_workdir("foo://bucket/run")
 
 
 def test_gin_files_and_what_they_include(memory):
@@ -128,12 +183,12 @@ def test_gin_files_and_what_they_include(memory):
 def test_a_workdir_is_claimed_once(memory):
     config.load([], ["train.seed = 7"])
     for _ in range(2):
-        config.claim(f"{memory}/run")
+        config.prepare_workdir(f"{memory}/run")
     paths.write(f"{memory}/run/{config.OPERATIVE}", "")
     gin.clear_config()
     config.load([], ["train.seed = 8"])
     with pytest.raises(UserError, match=r"train.seed: 7 -> 8"):
-        config.claim(f"{memory}/run")
+        config.prepare_workdir(f"{memory}/run")
     assert "train.seed = 7" in paths.read_text(f"{memory}/run/config.gin")
 
 
@@ -288,7 +343,7 @@ def s3():
 
 def test_a_missing_bucket_is_refused_and_not_made(s3):
     with pytest.raises(UserError, match=r"--workdir=s3://nope/run: there is no bucket 'nope'"):
-        config.claim("s3://nope/run")
+        config.prepare_workdir("s3://nope/run")
     with pytest.raises(UserError, match=r"there is no s3://nope/a.gin, or no such bucket"):
         config.load(["s3://nope/a.gin"], [])
     assert not s3.exists("nope")

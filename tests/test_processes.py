@@ -16,8 +16,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 SCAFFOLD = (
-    "train.algorithm = @scaffold()",
-    "scaffold.task = @linear_task()",
+    "train.algorithm = @scaffold",
     "scaffold.client_learning_rate = 0.05",
 )
 

@@ -12,23 +12,23 @@ from fedexp.algorithms import fedavg
 from fedexp.data import uniform
 from fedexp.errors import UserError
 from fedexp.profiling import ProfilePlan, recorded
-from fedexp.trainer import train
+from fedexp.trainer import Experiment
 from tests.support import linear
 
 
 def run(workdir, plan, num_rounds=4, **options):
     task = linear.task()
-    return train(
+    experiment = Experiment(
         linear.splits(),
         task,
         fedavg(task, optax.sgd(0.05), optax.sgd(1.0)),
         num_rounds,
         uniform(2),
         profile=plan,
-        workdir=workdir,
-        quiet=True,
+        observers=[],
         **options,
     )
+    return experiment.run(workdir)
 
 
 def profiles(workdir):
@@ -118,6 +118,6 @@ def test_gin_binds_the_rounds(tmp_path):
         ["tests/support/linear.gin"],
         ["train.profile = @ProfilePlan()", "ProfilePlan.rounds = (2, 2)"],
     )
-    train(workdir=tmp_path, quiet=True)
+    Experiment(observers=[]).run(tmp_path)
     (profile,) = profiles(tmp_path)
     assert rounds_in(profile) == [2]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedexp import config
-from fedexp.trainer import train
+from fedexp.trainer import Experiment
 
 
 @pytest.mark.slow
@@ -25,12 +25,12 @@ def test_the_autoencoder_learns_to_draw(tmp_path, monkeypatch):
         f"emnist.data_dir = '{tmp_path}'",
         "train.num_rounds = 20",
         "uniform.cohort_size = 2",
-        "auto.lanes = 2",
+        "Packing.lanes = 2",
     ]
     gin.clear_config()
     try:
         config.load(["emnist_autoencoder_fedavg.gin"], overrides)
-        result = train(overrides=overrides, quiet=True)
+        result = Experiment(observers=[]).run(overrides=overrides)
     finally:
         gin.clear_config()
     assert result.metrics["test/loss"] < 0.05  # It starts at 0.25, as for any picture.

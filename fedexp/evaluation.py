@@ -13,6 +13,7 @@ import numpy as np
 
 from fedexp.compiling import jit
 from fedexp.contracts import (
+    TRAIN,
     Algorithm,
     ClientWork,
     Pass,
@@ -90,8 +91,9 @@ class Evaluate:
         """The group of its metrics."""
         if self.prefix is not None:
             return self.prefix
-        parts = [self.split, *[self.clients] * isinstance(self.clients, str)]
-        return "_".join([*parts, *["personal"] * bool(self.personalise)])
+        name = "train_split" if self.split == TRAIN else self.split  # 'train' is the cohort's.
+        name += f"_{self.clients}" if isinstance(self.clients, str) else ""
+        return f"{name}_personal" if self.personalise else name
 
     def is_due(self, done: int) -> bool:
         """Whether it takes place after `done` rounds, when it is not the end."""

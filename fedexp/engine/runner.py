@@ -112,7 +112,7 @@ class Runner:
         if self._client_states is not None and output.client_states is not None:
             new_states = self._placement.own_rows(output.client_states)
             self._client_states.scatter(prepared.clients[own], rows[own], new_states)
-        if frozen is not None:
+        if hasattr(output.state, "frozen"):  # An evaluation's has none.
             output = output._replace(state=output.state._replace(frozen=frozen))
         return output._replace(client_states=None), noted
 

@@ -20,7 +20,7 @@ from fedexp.tasks.images import standardize as standardize
 from fedexp.tasks.language import next_token as next_token
 from fedexp.tasks.metrics import accuracy as accuracy
 from fedexp.tasks.metrics import cross_entropy as cross_entropy
-from fedexp.tasks.metrics import top_k as top_k
+from fedexp.tasks.metrics import top_k_accuracy as top_k_accuracy
 from fedexp.tasks.reconstruction import reconstruction as reconstruction
 from fedexp.tasks.statistics import carrying_statistics as carrying_statistics
 from fedexp.tasks.statistics import join_statistics as join_statistics

@@ -22,11 +22,11 @@ from fedexp.tasks.base import Features, Measure, Metric
 def accuracy() -> Metric:
     """The fraction of labels with the highest logit; of equal logits the first counts as highest."""
     # Not by argmax, which XLA does not vectorise: it keeps an index beside each value.
-    return top_k(1)
+    return top_k_accuracy(1)
 
 
 @gin.configurable
-def top_k(k: int = 5) -> Metric:
+def top_k_accuracy(k: int = 5) -> Metric:
     """The fraction of labels among the k highest logits; of equal logits the first rank higher.
 
     A label whose logit is NaN is never among them.
@@ -35,7 +35,7 @@ def top_k(k: int = 5) -> Metric:
       UserError: k is below 1.
     """
     if k < 1:
-        raise UserError(f"top_k.k must be at least 1, got {k}")
+        raise UserError(f"top_k_accuracy.k must be at least 1, got {k}")
 
     def metric(logits: jax.Array, batch: Features) -> Measure:
         label, own = batch["y"][..., None], _of_label(logits, batch)[..., None]

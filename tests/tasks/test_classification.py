@@ -11,7 +11,14 @@ from fedexp.data.dataset import FederatedDataset
 from fedexp.errors import UserError
 from fedexp.models.emnist import EmnistLogistic
 from fedexp.streams import Stream, derive
-from fedexp.tasks import classification, handwriting, masked_sums, mean_loss, measures, top_k
+from fedexp.tasks import (
+    classification,
+    handwriting,
+    masked_sums,
+    mean_loss,
+    measures,
+    top_k_accuracy,
+)
 
 RNG = np.random.default_rng(0)
 IMAGES = {
@@ -180,7 +187,7 @@ def test_any_module_will_do():
 
 
 def test_measures_hold_the_loss_and_the_chosen_metrics():
-    task = classification(nn.Dense(3), num_classes=3, metrics={"top_2": top_k(2)})
+    task = classification(nn.Dense(3), num_classes=3, metrics={"top_2": top_k_accuracy(2)})
     logits = task.apply(task.init(KEY, VECTORS), VECTORS, None)
     found = measures(task, logits, VECTORS)
     assert list(found) == ["loss", "top_2"]
@@ -195,7 +202,7 @@ def test_init_names_the_shapes_of_a_model_that_does_not_fit():
 
 def test_a_metric_must_not_hide_the_loss():
     with pytest.raises(UserError, match="'loss'"):
-        classification(nn.Dense(3), num_classes=3, metrics={"loss": top_k(2)})
+        classification(nn.Dense(3), num_classes=3, metrics={"loss": top_k_accuracy(2)})
 
 
 def test_class_names_must_fit():
@@ -236,7 +243,7 @@ def test_gin_builds_a_task():
             """
             classification.model = @EmnistLogistic()
             classification.preprocess = @handwriting
-            classification.metrics = {'accuracy': @accuracy(), 'top_5': @top_k()}
+            classification.metrics = {'accuracy': @accuracy(), 'top_5': @top_k_accuracy()}
             """
         )
         task = classification()

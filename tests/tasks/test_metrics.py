@@ -7,7 +7,7 @@ import pytest
 
 from fedexp.errors import UserError
 from fedexp.tasks.base import Measure, add_by_segment, confusion_counts, masked_sums
-from fedexp.tasks.metrics import accuracy, cross_entropy, top_k
+from fedexp.tasks.metrics import accuracy, cross_entropy, top_k_accuracy
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.integers(0, 4, (200, 7)).astype(np.float32)  # Few values: most rows hold ties.
@@ -25,19 +25,19 @@ def test_accuracy_with_ties():
 def test_top_k_with_ties(k):
     best = np.argsort(-LOGITS, axis=1, kind="stable")[:, :k]
     expected = (best == LABELS[:, None]).any(1)
-    values = top_k(k)(jnp.asarray(LOGITS), {"y": LABELS}).values
+    values = top_k_accuracy(k)(jnp.asarray(LOGITS), {"y": LABELS}).values
     np.testing.assert_array_equal(values, expected)
 
 
 def test_top_k_counts_no_nan():
     logits = jnp.array([[jnp.nan, jnp.nan, jnp.nan], [0.0, 1.0, jnp.nan]])
-    values = top_k(2)(logits, {"y": jnp.array([0, 0])}).values
+    values = top_k_accuracy(2)(logits, {"y": jnp.array([0, 0])}).values
     np.testing.assert_array_equal(values, [0, 0])
 
 
 def test_top_k_refuses_zero():
-    with pytest.raises(UserError, match=r"top_k\.k must be at least 1, got 0"):
-        top_k(0)
+    with pytest.raises(UserError, match=r"top_k_accuracy\.k must be at least 1, got 0"):
+        top_k_accuracy(0)
 
 
 def test_cross_entropy():
@@ -50,7 +50,7 @@ def test_cross_entropy():
     np.testing.assert_allclose(measure.values, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("metric", [accuracy(), top_k(2), cross_entropy()])
+@pytest.mark.parametrize("metric", [accuracy(), top_k_accuracy(2), cross_entropy()])
 def test_sequences_weigh_their_length(metric):
     """(B, T, K) logits give, per example, the sums of the T predictions."""
     logits, labels = LOGITS.reshape(20, 10, 7), LABELS.reshape(20, 10)

@@ -1,0 +1,49 @@
+"""The shipped files of algorithms and aggregators run from end to end, made small, and resume."""
+
+from __future__ import annotations
+
+import gin
+import jax
+import numpy as np
+import pytest
+
+from fedexp import config
+from fedexp.trainer import Experiment
+
+SMALL = [
+    "train.dataset = @glyphs()",
+    "glyphs.num_writers = 12",
+    "classification.model = @EmnistLogistic()",
+    "EmnistLogistic.num_classes = 62",
+    "uniform.cohort_size = 3",
+    "evaluate.every = 2",
+    "CheckpointPlan.every = 2",
+    "train.observers = [@tensorboard()]",
+]
+FILES = {
+    "emnist_fedavg.gin": (),
+    "emnist_scaffold.gin": (),
+    "emnist_fedprox.gin": (),
+    "emnist_mime.gin": (),
+    "emnist_apfl.gin": (),
+    "emnist_fedper.gin": ("fedper.local = 'bias'",),
+    "emnist_fine_tuned.gin": (),
+    "emnist_compressed.gin": (),
+}
+PERSONAL = {"emnist_apfl.gin", "emnist_fedper.gin", "emnist_fine_tuned.gin"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
+def test_it_runs_and_resumes(name, tmp_path):
+    def run(folder, num_rounds):
+        gin.clear_config()
+        config.load([name], [*SMALL, *FILES[name], f"train.num_rounds = {num_rounds}"])
+        return Experiment().run(tmp_path / folder)
+
+    whole = run("whole", 4)
+    run("parts", 2)
+    parts = run("parts", 4)
+    jax.tree.map(np.testing.assert_array_equal, parts.params, whole.params)
+    assert parts.metrics == whole.metrics
+    assert ("test_personal/accuracy" in whole.metrics) == (name in PERSONAL)

@@ -1,0 +1,214 @@
+"""The list of evaluations of a run: on any split, of any clients, with parameters of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from fedexp.algorithms import apfl, fedavg, fine_tuning
+from fedexp.checkpointing import Checkpointer, CheckpointPlan
+from fedexp.data import (
+    ClientBatching,
+    FederatedDataset,
+    FederatedSplits,
+    fixed,
+    hold_out,
+    split_validation,
+    uniform,
+)
+from fedexp.engine import Packing, debug, jit, mesh
+from fedexp.errors import UserError
+from fedexp.evaluation import Evaluate
+from fedexp.trainer import Experiment
+from tests.support import linear
+from tests.support.clients import batches, gradient, vector
+
+RATE = 0.05
+TEST = linear.dataset(seed=1)
+
+
+def experiment(*evaluations: Evaluate, splits=None, algorithm=None, **options) -> Experiment:
+    task = linear.task()
+    options = {"num_rounds": 4, "sampler": uniform(4), "observers": []} | options
+    return Experiment(
+        splits or FederatedSplits(linear.dataset(), TEST),
+        task,
+        algorithm or fedavg(task, optax.sgd(RATE), optax.sgd(1.0)),
+        evaluations=list(evaluations),
+        **options,
+    )
+
+
+def loss(theta: np.ndarray, dataset: FederatedDataset, clients) -> float:
+    """The mean squared error over the examples of some clients."""
+    squares = []
+    for client in clients:
+        x, y = dataset.client(client).values()
+        squares.extend((np.column_stack([x, np.ones(len(y))]) @ theta - y) ** 2)
+    return float(np.mean(squares))
+
+
+def tuned(theta: np.ndarray, client: int) -> np.ndarray:
+    theta = theta.copy()
+    for x, y in batches(client):
+        theta -= RATE * gradient(x, y, theta)
+    return theta
+
+
+FINE_TUNED = Evaluate(
+    personalise=lambda task: fine_tuning(task, optax.sgd(RATE), ClientBatching(4, shuffle=False))
+)
+
+
+@pytest.mark.parametrize("strategy", [debug, jit, lambda: jit(Packing(lanes=3)), mesh])
+def test_fine_tuned_evaluation_equals_numpy(strategy):
+    result = experiment(Evaluate(), FINE_TUNED, strategy=strategy()).run()
+    theta = vector(result.params)
+    personal = [(tuned(theta, client), client) for client in range(7)]
+    sizes = TEST.client_sizes
+    losses = [loss(own, TEST, [client]) for own, client in personal]
+    assert result.metrics["test/loss"] == pytest.approx(loss(theta, TEST, range(7)), rel=1e-5)
+    expected = np.average(losses, weights=sizes)
+    assert result.metrics["test_personal/loss"] == pytest.approx(expected, rel=1e-4)
+    assert expected < result.metrics["test/loss"]
+
+
+def test_clients_are_joined_by_their_ids_not_their_rows():
+    """The test split has other clients in another order, and lacks some."""
+    ids = ["client5", "client2", "stranger", "client0"]
+    parts = dict(TEST.clients()) | {"stranger": dict(TEST.client(6))}
+    test = FederatedDataset.from_clients({cid: parts[cid] for cid in ids})
+    splits = FederatedSplits(linear.dataset(), test)
+    result = experiment(FINE_TUNED, splits=splits).run()
+    theta = vector(result.params)
+    squares = [
+        (loss(tuned(theta, client), TEST, [client]), TEST.client_sizes[client])
+        for client in (5, 2, 0)
+    ]
+    expected = np.average(*np.transpose(squares)[:1], weights=np.transpose(squares)[1])
+    assert result.metrics["test_personal/loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_cohorts_own_clients():
+    cohorts = [(0, 2, 3), (1, 4, 6)]
+    setup = experiment(Evaluate(clients="cohort", every=1), sampler=fixed(cohorts), num_rounds=2)
+    history = setup.run().history
+    thetas = [vector(jax.device_get(round_.params)) for round_ in setup.rounds()]
+    for row, theta, cohort in zip(history, thetas, cohorts, strict=True):
+        assert row["test_cohort/loss"] == pytest.approx(loss(theta, TEST, cohort), rel=1e-5)
+
+
+def test_clients_held_out_of_training_are_evaluated_apart():
+    sampler = hold_out(uniform(3), 0.3)
+    held_out = sampler.held_out(linear.dataset().client_ids)
+    assert held_out.sum() == 2
+    setup = experiment(
+        Evaluate(clients="held_out"), Evaluate(clients="taking_part"), sampler=sampler, num_rounds=9
+    )
+    seen = set()
+    for round_ in setup.rounds():
+        seen |= set(round_.prepared.clients.tolist())
+    assert seen == set(np.flatnonzero(~held_out).tolist())
+    found, theta = round_.evaluate(), vector(round_.params)
+    assert found["test_held_out/loss"] == pytest.approx(
+        loss(theta, TEST, np.flatnonzero(held_out)), rel=1e-5
+    )
+    assert found["test_taking_part/loss"] == pytest.approx(
+        loss(theta, TEST, np.flatnonzero(~held_out)), rel=1e-5
+    )
+
+
+def test_the_best_checkpoint_is_chosen_on_the_validation_split(tmp_path):
+    splits = split_validation(FederatedSplits(linear.dataset(), TEST), 0.3)
+    result = experiment(
+        Evaluate(every=2),
+        Evaluate("validation", every=2),
+        splits=splits,
+        num_rounds=12,
+        algorithm=fedavg(linear.task(), optax.sgd(RATE), optax.adam(0.5)),
+        checkpoints=CheckpointPlan(every=100),
+    ).run(tmp_path)
+    best = min(result.history, key=lambda row: row["validation/loss"])
+    checkpointer = Checkpointer(
+        tmp_path / "checkpoints", best_metric="validation/loss", best_mode="min"
+    )
+    assert checkpointer.best() == best["round"]
+    checkpointer.close()
+
+
+def test_the_best_checkpoint_is_chosen_among_the_same_clients(tmp_path):
+    """The last evaluation is of all clients; its sample decides, as on the way."""
+    plan = Evaluate(every=2, clients=1)
+    setup = experiment(plan, num_rounds=6, checkpoints=CheckpointPlan(every=1, keep=9))
+    result = setup.run(tmp_path)
+    losses = {}
+    for round_ in setup.rounds():
+        if plan.is_due(round_.number):
+            session = round_.session
+            losses[round_.number] = session.evaluate(round_, [0], full=False)["test"].metrics[
+                "loss"
+            ]
+    assert result.metrics["test/loss"] != pytest.approx(losses[6], rel=1e-3)
+    checkpointer = Checkpointer(tmp_path / "checkpoints", best_metric="test/loss", best_mode="min")
+    assert checkpointer.best() == min(losses, key=losses.get)
+    checkpointer.close()
+
+
+def test_every_evaluation_has_its_own_rhythm():
+    history = experiment(Evaluate(every=2), Evaluate("train", every=3), num_rounds=7).run().history
+    assert [row["round"] for row in history] == [2, 3, 4, 6, 7]
+    groups = [{name.partition("/")[0] for name in row if name != "round"} for row in history]
+    assert groups[0] == groups[2] == {"train", "test"}
+    assert groups[1] == {"train", "train_split"}
+    assert groups[3] == groups[4] == {"train", "train_split", "test"}
+
+
+def test_what_the_algorithm_reports_is_part_of_every_evaluation(tmp_path):
+    algorithm = fedavg(linear.task(), optax.sgd(RATE), optax.sgd(1.0))
+    reporting = dataclasses.replace(
+        algorithm, report=lambda state, rounds: {"privacy/epsilon": 0.1 * rounds}
+    )
+    result = experiment(Evaluate(every=2), algorithm=reporting).run(tmp_path)
+    assert [row["privacy/epsilon"] for row in result.history] == pytest.approx([0.2, 0.4])
+    final = json.loads((tmp_path / "final.json").read_text())
+    assert final["metrics"]["privacy/epsilon"] == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Evaluate(every=-1), "every=-1"),
+        (lambda: Evaluate(batch_size=0), "batch_size=0"),
+        (lambda: Evaluate(clients=0), "clients=0"),
+        (lambda: Evaluate(clients="cohrt"), "clients='cohrt'"),
+        (lambda: Evaluate("tset"), "evaluate.split must be one of"),
+        (lambda: experiment(Evaluate("validation")).run(), "the data have none"),
+        (
+            lambda: experiment(Evaluate(), Evaluate(every=3)).run(),
+            "two evaluations are called 'test'",
+        ),
+        (lambda: experiment(Evaluate(personalise=True)).run(), "one model for all clients"),
+        (lambda: experiment(Evaluate(clients="held_out")).run(), "there is no such client"),
+    ],
+)
+def test_evaluations_that_cannot_be_are_refused(build, message):
+    with pytest.raises(UserError, match=message):
+        build()
+
+
+def test_client_states_are_read_and_left_alone():
+    """Personal evaluation of every round must not change how APFL goes on."""
+
+    def last(*evaluations):
+        algorithm = apfl(linear.task(), optax.sgd(RATE), optax.sgd(1.0))
+        return experiment(*evaluations, algorithm=algorithm).run()
+
+    watched = last(Evaluate(every=1, personalise=True))
+    alone = last(Evaluate(every=0, personalise=True))
+    jax.tree.map(np.testing.assert_array_equal, watched.params, alone.params)
+    assert watched.metrics == alone.metrics

@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import re
+import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -21,6 +22,16 @@ from fedexp.errors import UserError
 
 # What a run that has begun leaves in its workdir: all that was in force.
 OPERATIVE = "operative_config.gin"
+# What Gin raises of a file that it cannot take.
+_GIN_ERRORS = (
+    OSError,
+    KeyError,
+    ValueError,
+    SyntaxError,
+    ImportError,
+    AttributeError,
+    RuntimeError,
+)
 # Bindings that say how to start a run, not what the run is.
 _NOT_PART_OF_THE_EXPERIMENT = ("workdir.allow_config_change",)
 
@@ -34,19 +45,21 @@ def load(files: Sequence[str], bindings: Sequence[str]) -> None:
     Raises:
       UserError: a missing file, a syntax error or a name nobody knows, with the nearest known one.
     """
-    gin.add_config_file_search_path(str(shipped_configs()))
+    if (shipped := str(shipped_configs())) not in gin_config._LOCATION_PREFIXES:
+        gin.add_config_file_search_path(shipped)
     gin_config.register_file_reader(_open_remote, _is_remote_file)
-    # Gin logs an error for every folder it looks into in vain, also when it finds the file later.
-    logging.getLogger().addFilter(lambda record: not record.msg.startswith("Path not found"))
+    logging.getLogger().addFilter(_is_worth_logging)
     try:
         gin.parse_config_files_and_bindings(list(files), list(bindings))
-    except OSError as error:
-        raise UserError(
-            f"gin: {_one_line(error)} Neither a path from {Path.cwd()} nor one of those that fedexp ships: "
-            f"{shipped_names()}"
-        ) from error
-    except (ValueError, SyntaxError, ImportError, AttributeError, RuntimeError) as error:
-        raise UserError(f"gin: {_one_line(error)}{_suggestion(str(error))}") from error
+    except _GIN_ERRORS as error:
+        if _is_a_bug_of_an_imported_module(error):
+            raise
+        way_out = _suggestion(str(error))
+        if isinstance(error, OSError):
+            way_out = (
+                f" Neither a path from {Path.cwd()} nor one that fedexp ships: {shipped_names()}"
+            )
+        raise UserError(f"gin: {_one_line(error)}{way_out}") from error
     _check_scopes()
 
 
@@ -68,7 +81,9 @@ def bindings() -> dict[str, str]:
 
 
 @gin.configurable("workdir", denylist=["path", "write"])
-def claim(path: str | os.PathLike, allow_config_change: bool = False, write: bool = True) -> None:
+def prepare_workdir(
+    path: str | os.PathLike, allow_config_change: bool = False, write: bool = True
+) -> None:
     """Makes `path` this experiment's folder, or refuses to mix two experiments in one.
 
     An experiment that never began to train, for a mistake in its config, does not keep its folder.
@@ -87,7 +102,9 @@ def claim(path: str | os.PathLike, allow_config_change: bool = False, write: boo
         if not is_remote:
             os.makedirs(path, exist_ok=True)
         begun = paths.exists(os.path.join(path, OPERATIVE)) and paths.exists(record)
-        changed = differences(paths.read_text(record)) if begun else []
+        recorded = paths.read_text(record) if begun else ""
+        # A blank record is what a power cut may leave; it says nothing.
+        changed = differences(recorded) if recorded.strip() else []
         if changed and not allow_config_change:
             raise UserError(
                 f"{path} holds a run of another config:\n  "
@@ -101,13 +118,13 @@ def claim(path: str | os.PathLike, allow_config_change: bool = False, write: boo
         raise UserError(f"cannot write to --workdir={path}: {error.strerror}") from error
 
 
-def check_used(overrides: Iterable[str]) -> None:
+def check_overrides_used(overrides: Iterable[str]) -> None:
     """Refuses overrides that nothing has read, once everything that reads them is built.
 
     Raises:
       UserError: an override of something the experiment does not use.
     """
-    used = _flat(gin_config._OPERATIVE_CONFIG)
+    in_force = _flat(gin_config._OPERATIVE_CONFIG)
     for override in overrides:
         name = override.split("=", 1)[0].strip()
         if "." not in name:
@@ -116,11 +133,14 @@ def check_used(overrides: Iterable[str]) -> None:
         selector, _, parameter = selector.rpartition(".")
         full = gin_config._REGISTRY.get_match(selector).selector
         key = _key(scope, full, parameter)
-        if not any(known == key or known.endswith("/" + key) for known in used):
-            near = _near(key, used)
+        if not any(known == key or known.endswith("/" + key) for known in in_force):
+            near = _near(key, in_force)
             raise UserError(
                 f"--gin_param={override} has no effect: this experiment never uses it.{near}"
             )
+
+
+check_used = check_overrides_used  # Until the trainer has the new name.
 
 
 def differences(recorded: str) -> list[str]:
@@ -138,6 +158,19 @@ def as_text() -> str:
     """The bindings in force as sorted lines of a gin file."""
     lines = (f"{name} = {value}\n" for name, value in sorted(bindings().items()))
     return "".join(line for line in lines if _is_experiment(line))
+
+
+def _is_worth_logging(record: logging.LogRecord) -> bool:
+    """Gin logs an error for every folder it looks into in vain, also when it finds the file later."""
+    return not str(record.msg).startswith("Path not found")
+
+
+def _is_a_bug_of_an_imported_module(error: Exception) -> bool:
+    """Whether a module that a gin file imports has raised it, and needs a traceback to be mended."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    is_importing = any(frame.f_code.co_name == "<module>" for frame in frames)
+    raised_by = frames[-1].f_globals.get("__name__", "")
+    return is_importing and not isinstance(error, ImportError) and not raised_by.startswith("gin.")
 
 
 def _is_remote_file(name: str) -> bool:

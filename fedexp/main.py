@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
         config.load(_GIN_FILES.value, _GIN_PARAMS.value)
         runtime.start()
         if _WORKDIR.value:
-            config.claim(_WORKDIR.value, write=runtime.is_first())
+            config.prepare_workdir(_WORKDIR.value, write=runtime.is_first())
         result = trainer.Experiment().run(_WORKDIR.value, overrides=_GIN_PARAMS.value)
     except UserError as error:
         runtime.leave(f"error: {_without_gin_frames(str(error))}", code=2)

@@ -11,7 +11,7 @@ import errno
 import os
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from fedexp.errors import UserError
@@ -49,7 +49,7 @@ def read_text(path: PathLike) -> str:
 
 
 def write(path: PathLike, content: str | bytes) -> None:
-    """Writes a file; a reader sees all of it or what was there before."""
+    """Writes a file; a reader sees all of it or what was there before, also after a power cut."""
     data = content.encode("utf-8") if isinstance(content, str) else content
     if is_remote(path):
         with _store(path) as (store, inside):
@@ -58,7 +58,30 @@ def write(path: PathLike, content: str | bytes) -> None:
     target = Path(path)
     partial = target.with_name(f"{target.name}.partial")
     partial.write_bytes(data)
-    os.replace(partial, target)
+    replace(partial, target)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Renames a file or folder of this machine into place, for good.
+
+    All of it is on the disk before it has its new name, so that a power cut leaves nothing in between.
+    """
+    for path in (*source.rglob("*"), source):
+        _sync(path)
+    os.replace(source, target)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    """Waits until the disk has a file's content, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # Some file systems refuse to sync folders.
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def versions(url: str) -> dict[str, str]:
@@ -74,9 +97,9 @@ def versions(url: str) -> dict[str, str]:
 
 
 def find(url: str) -> list[str]:
-    """All files below a bucket's folder, by their path from there."""
+    """All files below a bucket's folder, by their path from there, as the bucket has it."""
     with _store(url) as (store, inside):
-        return [os.path.relpath(path, inside) for path in store.find(inside)]
+        return [path.removeprefix(f"{inside}/") for path in store.find(inside)]
 
 
 def upload(folder: Path, names: Sequence[str], url: str) -> None:
@@ -87,7 +110,16 @@ def upload(folder: Path, names: Sequence[str], url: str) -> None:
 
 
 def download(url: str, names: Sequence[str], folder: Path) -> None:
-    """Copies files below `url` to the same places below `folder`."""
+    """Copies files below `url` to the same places below `folder`.
+
+    Raises:
+      UserError: a name that leads out of `folder`, as anything can be called in a bucket.
+    """
+    for name in names:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise UserError(
+                f"the name {name!r} in {url} leads out of its folder; delete that object"
+            )
     with _store(url) as (store, inside):
         if names:
             store.get([f"{inside}/{n}" for n in names], [str(folder / n) for n in names])

@@ -28,6 +28,7 @@ from typing import BinaryIO, NamedTuple, Protocol
 import numpy as np
 from absl import logging
 
+from fedexp import paths
 from fedexp.data import packed
 from fedexp.data.dataset import Examples, FederatedDataset
 from fedexp.errors import UserError
@@ -198,7 +199,7 @@ class _Part:
                 file.seek(end)
                 _flush(file)
             packed.seal(self._folder, list(self._layout), offsets, np.array(list(self._sizes)))
-            os.replace(self._folder, directory)
+            paths.replace(self._folder, directory)
             (directory / _JOURNAL).unlink()
 
     def close(self) -> None:

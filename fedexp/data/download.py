@@ -68,7 +68,7 @@ def download(url: str, name: str, *, sha256: str) -> Path:
                 f"what {url} sent is not the published file: its SHA-256 is {found}, expected "
                 f"{sha256}; {by_hand}"
             )
-        os.replace(part, target)
+        paths.replace(part, target)
     return target
 
 
@@ -157,7 +157,7 @@ def _copy(url: str, name: str, version: str, folder: Path) -> None:
         paths.download(url, [name], Path(scratch))
         note.parent.mkdir(parents=True, exist_ok=True)
         note.unlink(missing_ok=True)
-        os.replace(Path(scratch) / name, folder / name)
+        paths.replace(Path(scratch) / name, folder / name)
     paths.write(note, version)
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from fedexp import cache
+from fedexp import cache, paths
 from fedexp.data.dataset import FederatedDataset, FederatedSplits
 from fedexp.errors import UserError
 
@@ -56,7 +55,7 @@ def write(directory: Path, splits: FederatedSplits) -> None:
                 for i, array in enumerate(dataset.features.values()):
                     np.save(folder / split / feature_file(i), array)
                 seal(folder / split, list(dataset.features), dataset.offsets, dataset.client_ids)
-            os.replace(folder, directory)
+            paths.replace(folder, directory)
 
 
 def read(directory: Path) -> FederatedSplits:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -13,7 +12,7 @@ from typing import Literal
 import gin
 import numpy as np
 
-from fedexp import cache
+from fedexp import cache, paths
 from fedexp.data import conversion, download, packed, tff_hdf5
 from fedexp.data.dataset import Examples, FederatedDataset, FederatedSplits
 from fedexp.data.features import Feature
@@ -273,7 +272,7 @@ def _extract(archive: str, sha256: str, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
         for file in scratch.rglob("stackoverflow*"):
             if file.name in _PUBLISHED:
-                os.replace(file, folder / file.name)
+                paths.replace(file, folder / file.name)
 
 
 def _check_positive(**values: int) -> None:

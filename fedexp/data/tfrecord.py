@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import gin
 import numpy as np
 
+from fedexp import paths
 from fedexp.data import download, tf_examples
 from fedexp.data import features as features_lib
 from fedexp.data.dataset import FederatedDataset, FederatedSplits
@@ -121,23 +122,23 @@ def write_tfrecord(
                 f"and have another name than client_id, {client_id!r}"
             )
     prefix = Path(prefix).expanduser()
-    paths = [
+    files = [
         prefix.with_name(f"{prefix.name}-{i:05d}-of-{num_shards:05d}.tfrecord")
         for i in range(num_shards)
     ]
-    if present := [path for path in paths if path.exists()]:
+    if present := [path for path in files if path.exists()]:
         raise UserError(f"{present[0]} exists already; delete it to write it anew")
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=prefix.parent) as scratch:
         shards = np.array_split(np.arange(dataset.num_clients), num_shards)
-        for path, indices in zip(paths, shards, strict=True):
+        for path, indices in zip(files, shards, strict=True):
             with tf.io.TFRecordWriter(str(Path(scratch) / path.name)) as writer:
                 for index in indices:
                     for record in _records(tf, dataset, index, client_id):
                         writer.write(record)
-        for path in paths:
-            os.replace(Path(scratch) / path.name, path)
-    return paths
+        for path in files:
+            paths.replace(Path(scratch) / path.name, path)
+    return files
 
 
 def _files(pattern: str) -> list[Path]:

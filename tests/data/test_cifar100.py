@@ -10,7 +10,7 @@ import pytest
 from fedexp import config
 from fedexp.data import cifar100
 from fedexp.errors import UserError
-from fedexp.trainer import train
+from fedexp.trainer import Experiment
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
@@ -77,12 +77,13 @@ def test_the_published_experiment_runs_on_these_files(tmp_path):
         "ResNet18GroupNorm.stages = (1,)",
         "ResNet18GroupNorm.strides = (1,)",
         "ResNet18GroupNorm.width = 4",
-        "auto.lanes = 2",
+        "auto.packing = @Packing()",
+        "Packing.lanes = 2",
     ]
     gin.clear_config()
     try:
         config.load(["cifar100_fedadam.gin"], overrides)
-        result = train(overrides=overrides, quiet=True)
+        result = Experiment(observers=()).run(overrides=overrides)
     finally:
         gin.clear_config()
     assert result.params["Dense_0"]["kernel"].shape == (4, 100)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from fedexp.data import conversion, packed
 from fedexp.data.dataset import FederatedDataset, FederatedSplits
 from fedexp.errors import UserError
+from tests.support.disk import assert_safe, recorded
 from tests.support.sources import Clients, Imports, Noted
 
 SIZES = (3, 1, 0, 4, 2, 2, 0, 5, 1)
@@ -47,6 +48,12 @@ def test_equals_packing_in_memory_byte_for_byte(sizes, clients_per_chunk):
         conversion.convert(source, folder / "a", num_workers=0, clients_per_chunk=clients_per_chunk)
         assert _contents(folder / "a") == _expected(folder, source)
         assert sorted(path.name for path in folder.iterdir()) == ["a", "expected"]
+
+
+def test_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done = recorded(monkeypatch)
+    conversion.convert(Clients(SIZES), tmp_path / "a", num_workers=0)
+    assert_safe(done, tmp_path / "a")
 
 
 def test_workers_change_nothing(tmp_path):
@@ -254,6 +261,7 @@ _PROGRAM = """
 import sys
 from pathlib import Path
 from fedexp.data import conversion
+from tests.support.disk import assert_safe, recorded
 from tests.support.sources import Clients
 
 source = Clients((2,) * 40, seconds=0.05)

@@ -16,6 +16,7 @@ import pytest
 
 from fedexp.data import download
 from fedexp.errors import UserError
+from tests.support.disk import assert_safe, recorded
 
 CONTENT = np.random.default_rng(0).bytes(700_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -83,6 +84,11 @@ def test_downloads_once(server, cache):
     assert _get(server, "sub/data.bin") == path
     assert server.requests == [None]
     assert not path.with_name("data.bin.part").exists()
+
+
+def test_is_on_the_disk_before_it_has_its_name(server, monkeypatch):
+    done = recorded(monkeypatch)
+    assert_safe(done, _get(server))
 
 
 def test_resumes_the_part_of_an_earlier_run(server, cache):

@@ -10,6 +10,7 @@ import pytest
 from fedexp.data import packed
 from fedexp.data.dataset import FederatedDataset, FederatedSplits
 from fedexp.errors import UserError
+from tests.support.disk import assert_safe, recorded
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +79,12 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"No space left.*FEDEXP_CACHE"):
         packed.write(tmp_path / "a", _splits())
     assert not list(tmp_path.iterdir())
+
+
+def test_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done = recorded(monkeypatch)
+    packed.write(tmp_path / "a", _splits())
+    assert_safe(done, tmp_path / "a")
 
 
 @pytest.mark.parametrize(

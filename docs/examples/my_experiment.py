@@ -52,7 +52,7 @@ class ServerState(NamedTuple):
 def fedsgd(task: Task, learning_rate: float = 0.1) -> Algorithm:
     """FedSGD (McMahan et al. 2017): one server step along the gradient of the cohort's examples."""
 
-    def init(params, client):
+    def client_init(params, client):
         return jax.tree.map(jnp.zeros_like, params), 0
 
     def step(params, carry, batch, key):
@@ -64,11 +64,15 @@ def fedsgd(task: Task, learning_rate: float = 0.1) -> Algorithm:
     def finish(params, carry, client):
         return carry, ()
 
-    work = ClientWork(init, step, finish)
+    work = ClientWork(client_init, step, finish)
+
+    def init(params, key):
+        return ServerState(params)
 
     def round_(state, cohort, for_each_client):
         (total, count), _ = for_each_client(work, state.params, cohort)
-        params = jax.tree.map(lambda p, t: p - learning_rate * t / count, state.params, total)
+        step_size = learning_rate / jnp.maximum(count, 1)  # A Poisson cohort may be empty.
+        params = jax.tree.map(lambda p, t: p - step_size * t, state.params, total)
         return RoundOutput(ServerState(params), {"train/examples": count})
 
-    return Algorithm(ServerState, round_)
+    return Algorithm(init, round_)

@@ -7,7 +7,7 @@ from flax import linen as nn
 from fedexp.algorithms import fedavg
 from fedexp.data import ClientBatching, FederatedDataset, FederatedSplits, uniform
 from fedexp.tasks import classification
-from fedexp.trainer import train
+from fedexp.trainer import Experiment
 
 
 class Net(nn.Module):
@@ -26,7 +26,7 @@ def clients(seed: int) -> dict[str, dict[str, np.ndarray]]:
 
 
 task = classification(Net(), num_classes=3)
-result = train(
+experiment = Experiment(
     FederatedSplits(*(FederatedDataset.from_clients(clients(seed)) for seed in (1, 2))),
     task,
     fedavg(task, client_optimizer=optax.sgd(0.1), server_optimizer=optax.adam(0.01)),
@@ -34,4 +34,5 @@ result = train(
     sampler=uniform(10),
     batching=ClientBatching(batch_size=20),
 )
+result = experiment.run()
 print(f"test accuracy {result.metrics['test/accuracy']:.1%}")

@@ -38,7 +38,7 @@ class Setup:
       num_rounds: rounds in total, those before a resume included.
       sampler: draws each round's cohort; by default 10 clients uniformly.
       batching: the clients' local batches.
-      strategy: where cohorts run.
+      strategy: where cohorts run; `auto()` if None.
       evaluations: when to evaluate, and on what.
       seed: of the initial parameters, cohorts, batches and dropout.
 
@@ -52,7 +52,7 @@ class Setup:
     num_rounds: int = 100
     sampler: Sampler = dataclasses.field(default_factory=lambda: uniform())
     batching: ClientBatching = dataclasses.field(default_factory=lambda: ClientBatching())
-    strategy: Strategy = dataclasses.field(default_factory=lambda: auto())
+    strategy: Strategy | None = None
     evaluations: Sequence[Evaluate] = dataclasses.field(default_factory=lambda: [Evaluate()])
     seed: int = 0
 
@@ -172,7 +172,7 @@ class Session:
         key = derive(jax.random.key(seed), Stream.PARAMETERS)
         self.params = task.init(key, splits.train.slice(0, 1))
         self.engine = Engine(
-            setup.strategy,
+            setup.strategy or auto(),  # It has something to say, and mistakes come alone.
             self.algorithm,
             self.splits,
             setup.batching,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -55,3 +56,19 @@ def test_memory_stays_where_the_c_library_cannot_release_it(monkeypatch, library
     compiling.release_memory()
     monkeypatch.setattr(ctypes, "CDLL", load)
     compiling.release_memory()
+
+
+def test_only_what_this_thread_compiles_meanwhile_is_counted():
+    compilations, x = compiling.Compilations(), np.zeros(3)
+    jax.jit(lambda x: x + 1)(x)
+    with compilations.counted():
+        increase = jax.jit(lambda x: x + 2)
+        increase(x)
+        increase(x)
+        other = threading.Thread(target=lambda: jax.jit(lambda x: x + 3)(x))
+        other.start()
+        other.join()
+    assert compilations.count == 1
+    with compilations.counted():
+        increase(np.zeros(4))
+    assert compilations.count == 2

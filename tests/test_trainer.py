@@ -25,7 +25,7 @@ from flax import linen as nn
 from fedexp import config
 from fedexp.aggregators import chain, mean
 from fedexp.algorithms import fedavg, scaffold
-from fedexp.checkpointing import Checkpointer, CheckpointPlan, Saver
+from fedexp.checkpointing import Checkpointer, CheckpointPlan
 from fedexp.contracts import Aggregated, Aggregator, Sent
 from fedexp.data import FederatedDataset, FederatedSplits, fixed, poisson, uniform
 from fedexp.engine import Packing, jit
@@ -475,26 +475,6 @@ def test_clients_without_weight_do_not_count_in_percentiles(tmp_path, monkeypatc
     for name in ("clients/loss", "clients/test_loss"):
         found = [scalars[1][f"{name}/{part}"] for part in ("mean", "p10", "p90")]
         np.testing.assert_allclose(found, expected, rtol=1e-5)
-
-
-def test_the_best_metric_is_always_of_the_same_clients(tmp_path, monkeypatch):
-    """The last evaluation is of all clients; beside those on the way it would be of another kind."""
-    measured = {}
-    save = Saver.save
-    monkeypatch.setattr(
-        Saver,
-        "save",
-        lambda saver, saved, value: (
-            measured.update({saved.done: value}),
-            save(saver, saved, value),
-        ),
-    )
-    options = {"evaluations": [Evaluate(every=4, clients=2)], "checkpoints": EVERY_THREE}
-    on_the_way = run(tmp_path / "longer", num_rounds=16, **options).history[2]
-    last = run(tmp_path / "shorter", num_rounds=12, **options).history[2]
-    assert on_the_way["round"] == last["round"] == 12
-    assert on_the_way["test/mae"] != last["test/mae"]
-    assert measured[12] == on_the_way["test/mae"]
 
 
 def test_sampled_evaluation_on_the_way_and_full_evaluation_at_the_end():

@@ -1,0 +1,128 @@
+"""Observers: who is told what, in which order, and what is left after a resume."""
+
+from __future__ import annotations
+
+import json
+
+import optax
+import pytest
+
+from fedexp import config, runtime
+from fedexp.algorithms import fedavg
+from fedexp.data import uniform
+from fedexp.errors import UserError
+from fedexp.evaluation import Evaluate
+from fedexp.reporting import JsonLines, Observer, Progress
+from fedexp.trainer import Experiment
+from tests.support import linear
+from tests.support.tensorboard import tensors
+
+
+class Diary(Observer):
+    """Writes down what it is told."""
+
+    def __init__(self):
+        self.entries = []
+
+    def begin(self, session, workdir, done):
+        self.entries.append(("begin", done))
+
+    def say(self, message):
+        self.entries.append(("say", message))
+
+    def round(self, report):
+        self.entries.append(("round", report.number))
+
+    def evaluation(self, report):
+        self.entries.append(("evaluation", report.number))
+
+    def close(self):
+        self.entries.append(("close",))
+
+
+def run(workdir=None, num_rounds=4, rate=0.05, **options):
+    task = linear.task()
+    algorithm = fedavg(task, optax.sgd(rate), optax.sgd(1.0))
+    options = {"sampler": uniform(3), "evaluations": [Evaluate(every=2)]} | options
+    experiment = Experiment(linear.splits(), task, algorithm, num_rounds, **options)
+    return experiment.run(workdir)
+
+
+def test_an_observer_is_told_everything_in_order(tmp_path):
+    diary = Diary()
+    run(tmp_path, observers=[diary])
+    assert diary.entries == [
+        ("begin", 0),
+        *[("round", 1), ("round", 2), ("evaluation", 2)],
+        *[("round", 3), ("round", 4), ("evaluation", 4)],
+        ("close",),
+    ]
+    diary.entries.clear()
+    run(tmp_path, 5, observers=[diary])
+    assert diary.entries == [("begin", 4), ("round", 5), ("evaluation", 5), ("close",)]
+
+
+def test_observers_are_closed_when_the_run_fails():
+    diary = Diary()
+    with pytest.raises(UserError, match="diverged"):
+        run(rate=1e30, observers=[Observer(), diary])
+    assert diary.entries[0] == ("begin", 0) and diary.entries[-1] == ("close",)
+    assert diary.entries.count(("close",)) == 1
+
+
+def test_processes_but_the_first_have_no_observers(monkeypatch):
+    monkeypatch.setattr(runtime, "is_first", lambda: False)
+    diary = Diary()
+    run(observers=[diary])
+    assert not diary.entries
+
+
+def test_lines_of_rounds_that_are_run_again_are_dropped(tmp_path):
+    observer = JsonLines("log.jsonl")
+    run(tmp_path, 2, observers=[observer])
+    with (tmp_path / "log.jsonl").open("a") as file:  # As a run that was killed before it saved.
+        file.write('{"round": 3, "train/loss": 0.5}\n{"round": 4, "tra')
+    result = run(tmp_path, 4, observers=[observer])
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [1, 2, 2, 3, 4, 4]
+    evaluations = [line for line in lines if "test/loss" in line]
+    for line in evaluations:
+        assert line.pop("perf/evaluation_seconds") > 0
+    assert evaluations == result.history
+    assert all("train/loss" in line and "perf/round_seconds" in line for line in lines[3:5])
+
+
+def test_one_observer_may_observe_several_runs(tmp_path):
+    observer = JsonLines()
+    for name in ("first", "second"):
+        run(tmp_path / name, observers=[observer])
+    for name in ("first", "second"):
+        assert len((tmp_path / name / "rounds.jsonl").read_text().splitlines()) == 6
+
+
+def test_without_a_workdir_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(observers=[JsonLines()])
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress_says_what_is_trained_and_how_it_goes(capsys):
+    run(observers=[Progress()])
+    errors = capsys.readouterr().err
+    assert "4 parameters; train: 7 clients, 51 examples; test: 7 clients, 51 examples" in errors
+    assert "round 4/4" in errors and "test/loss" in errors
+
+
+def test_a_run_need_not_evaluate(tmp_path):
+    result = run(tmp_path, evaluations=[], observers=[])
+    assert (result.history, result.metrics, result.rounds) == ([], {}, 4)
+    final = json.loads((tmp_path / "final.json").read_text())
+    assert (final["history"], final["metrics"], final["rounds"]) == ([], {}, 4)
+
+
+def test_a_gin_file_chooses_the_observers(tmp_path):
+    chosen = "train.observers = [@tensorboard(), @json_lines()]"
+    config.load(["tests/support/linear.gin"], [chosen, "json_lines.name = 'log.jsonl'"])
+    result = Experiment().run(tmp_path)
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 12 + len(result.history)
+    assert sorted(tensors(tmp_path)["test/loss"]) == [row["round"] for row in result.history]

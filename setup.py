@@ -55,7 +55,8 @@ setup(
         "s3": ["s3fs"],
         "tensorflow": ["tensorflow"],
         "test": TEST,
-        "dev": [*TEST, "ruff"],
+        # basedpyright brings its own Node.js; plain pyright downloads one when it is first called.
+        "dev": [*TEST, "basedpyright", "ruff"],
     },
     entry_points={"console_scripts": ["fedexp = fedexp.main:run"]},
 )

@@ -12,12 +12,9 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import Any
 
 from fedexp.errors import UserError
-
-if TYPE_CHECKING:
-    import fsspec
 
 PathLike = str | os.PathLike[str]
 
@@ -133,7 +130,7 @@ def remove(url: str, names: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def _store(url: PathLike) -> Iterator[tuple[fsspec.AbstractFileSystem, str]]:
+def _store(url: PathLike) -> Iterator[tuple[Any, str]]:
     """The file system of a URL and the path in it, for a body in which that may fail."""
     import fsspec
 

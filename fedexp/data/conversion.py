@@ -41,9 +41,11 @@ class Source(Protocol):
 
     def client_ids(self) -> list[str]:
         """All ids, in the order that the data set shall have."""
+        ...
 
     def read(self, client_ids: Sequence[str]) -> Iterator[Examples]:
         """Yields the encoded features of each of these clients; one without rows is left out."""
+        ...
 
 
 def load_or_convert(
@@ -208,8 +210,10 @@ class _Part:
 
     def _resume(self, line: bytes) -> bool:
         """Takes over a line of the journal, if it is whole and the rows it tells of are there."""
+        if not line.endswith(b"\n"):
+            return False
         try:
-            record = json.loads(line) if line.endswith(b"\n") else None
+            record = json.loads(line)
             files = self._open_files(record)
         except (ValueError, KeyError, TypeError):
             return False
@@ -259,8 +263,8 @@ def _write_header(file: BinaryIO, dtype: str, shape: Sequence[int]) -> None:
     np.lib.format.write_array_header_1_0(file, header)
 
 
-def _bytes(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+def _bytes(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _row_bytes(dtype: str, shape: Sequence[int]) -> int:

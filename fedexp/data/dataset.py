@@ -255,12 +255,13 @@ class FederatedDataset:
                 f"{indices.min()} to {indices.max()}"
             )
         indices = indices % self.num_clients
-        if np.array_equal(indices, np.arange(indices[0], indices[0] + len(indices))):
-            features = self.slice(self.offsets[indices[0]], self.offsets[indices[-1] + 1])
+        first, last = int(indices[0]), int(indices[-1])
+        if np.array_equal(indices, np.arange(first, first + len(indices))):
+            features = self.slice(self.offsets[first], self.offsets[last + 1])
         else:
             self.prefetch(indices)
             features = self.gather(
-                np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in indices])
+                np.concatenate([np.arange(*self.offsets[i : i + 2].tolist()) for i in indices])
             )
         return FederatedDataset(
             features, _offsets(self.client_sizes[indices]), self.client_ids[indices]

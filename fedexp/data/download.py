@@ -196,10 +196,11 @@ def _fetch_rest(url: str, part: Path, report: Report) -> None:
             return
         raise
     with response:
-        content_range = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-        resumed = response.status == http.HTTPStatus.PARTIAL_CONTENT and content_range is not None
-        if resumed and int(content_range[1]) != start:
-            raise ConnectionError(f"asked for bytes from {start}, got {content_range[0]}")
+        content_range = response.headers.get("Content-Range", "")
+        partial = response.status == http.HTTPStatus.PARTIAL_CONTENT
+        resumed = re.match(r"bytes (\d+)-", content_range) if partial else None
+        if resumed and int(resumed[1]) != start:
+            raise ConnectionError(f"asked for bytes from {start}, got {resumed[0]}")
         done = start if resumed else 0
         length = response.headers.get("Content-Length")
         total = None if length is None else done + int(length)

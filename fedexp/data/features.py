@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,7 +43,7 @@ class Feature:
     convert: Callable[[np.ndarray], np.ndarray] = np.asarray
 
 
-Features = Mapping[str, Feature | Sequence[object]]
+Features = Mapping[str, Feature | Sequence[Any]]
 
 
 def parse(features: Features) -> dict[str, Feature]:
@@ -56,7 +57,7 @@ def parse(features: Features) -> dict[str, Feature]:
     return {name: _parse(name, feature) for name, feature in features.items()}
 
 
-def _parse(name: str, feature: Feature | Sequence[object]) -> Feature:
+def _parse(name: str, feature: Feature | Sequence[Any]) -> Feature:
     if isinstance(feature, Feature):
         return feature
     try:
@@ -69,7 +70,7 @@ def _parse(name: str, feature: Feature | Sequence[object]) -> Feature:
         ) from error
 
 
-def _dtype(dtype: object) -> type:
+def _dtype(dtype: Any) -> type:
     """The dtype as `Feature` has it: object, a NumPy scalar type, or a family as np.integer."""
     if isinstance(dtype, type) and issubclass(dtype, np.generic):
         return dtype

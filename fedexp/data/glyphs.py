@@ -15,7 +15,7 @@ import sys
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import gin
 import numpy as np
@@ -320,10 +320,7 @@ class _Strokes(NamedTuple):
 
 @functools.cache
 def _strokes() -> _Strokes:
-    try:
-        from PIL import Image, ImageDraw, ImageFont
-    except ImportError as error:
-        raise UserError("glyphs draws with Pillow, which is missing: pip install pillow") from error
+    from PIL import Image, ImageDraw, ImageFont
     from scipy import ndimage
 
     folder = _font_folder()
@@ -343,7 +340,7 @@ def _strokes() -> _Strokes:
         extent[face] /= extent[face, CHARACTERS.index("H")]
     distance = np.empty(ink.shape, np.uint8)
     for index in np.ndindex(extent.shape):
-        cells = ndimage.distance_transform_edt(~thin(ink[index]))
+        cells = np.asarray(ndimage.distance_transform_edt(~thin(ink[index])))
         distance[index] = np.minimum(cells * (2 / _GRID / _REACH * 255), 255)
     return _Strokes(distance, extent)
 
@@ -370,7 +367,7 @@ def thin(image: np.ndarray) -> np.ndarray:
             shape = shape[~remove]
     skeleton = padded[1:-1, 1:-1].astype(bool)
     # The algorithm erases what has become a square of 2 x 2 pixels, as a dot does.
-    parts, num_parts = ndimage.label(image, np.ones((3, 3)))
+    parts, num_parts = cast("tuple[np.ndarray, int]", ndimage.label(image, np.ones((3, 3))))
     erased = np.setdiff1d(np.arange(1, num_parts + 1), parts[skeleton])
     if len(erased):
         depth = ndimage.distance_transform_edt(image)

@@ -25,7 +25,7 @@ _EXAMPLES = (
     "stackoverflow.tar.bz2",
     "99eca2f8b8327a09e5fc123979df2d237acbc5e52322f6d86bf523ee47b961a2",
 )
-_PUBLISHED = {
+_PUBLISHED: dict[str, tuple[str, str]] = {
     "stackoverflow_train.h5": _EXAMPLES,
     "stackoverflow_held_out.h5": _EXAMPLES,
     "stackoverflow_test.h5": _EXAMPLES,

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -152,7 +152,7 @@ def _stored(tf: ModuleType, where: str, record: bytes, feature: Feature) -> tf.i
     return tf.io.FixedLenFeature(shape, dtype)
 
 
-def message(kind: type[Message], where: str, record: bytes) -> Message:
+def message(kind: type[Message], where: str, record: bytes) -> Any:
     """Parses a record.
 
     Raises:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -74,11 +74,9 @@ class Source:
             for client_id in client_ids:
                 where = f"{self.path}: client {client_id!r}"
                 with _reading(self.path):
-                    size = _size(where, root[client_id], self.features)
-                    stored = {
-                        f.source: root[client_id][f.source][:] for f in self.features.values()
-                    }
-                if not size and not self.drop_empty:
+                    arrays = _arrays(where, root[client_id], self.features)
+                    stored = {source: array[:] for source, array in arrays.items()}
+                if not _size(arrays) and not self.drop_empty:
                     raise UserError(
                         f"{where} has no examples; pass drop_empty=True to leave such clients out"
                     )
@@ -181,22 +179,26 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _root(path: Path, file: h5py.File) -> h5py.Group:
+    import h5py
+
     root = file.get(_ROOT)
-    if root is None or not hasattr(root, "keys"):
+    if not isinstance(root, h5py.Group):
         raise UserError(
             f"{path} has no group {_ROOT!r} at its root but {sorted(file) or 'nothing'}; {_LAYOUT}"
         )
     return root
 
 
-def _size(where: str, group: h5py.Group, features: Mapping[str, Feature]) -> int:
-    """How many examples the client has, its features checked."""
-    if not hasattr(group, "keys"):
+def _arrays(where: str, group: object, features: Mapping[str, Feature]) -> dict[str, h5py.Dataset]:
+    """What the file has of a client's features, by their sources, checked: all of the same length."""
+    import h5py
+
+    if not isinstance(group, h5py.Group):
         raise UserError(f"{where} is an array, not a group of features; {_LAYOUT}")
-    lengths = {}
+    arrays: dict[str, h5py.Dataset] = {}
     for feature in features.values():
         array = group.get(feature.source)
-        if array is None or not hasattr(array, "dtype"):
+        if not isinstance(array, h5py.Dataset):
             raise UserError(
                 f"{where} has no feature {feature.source!r}, only {sorted(group)}; read another "
                 "feature, or mend the file"
@@ -211,10 +213,15 @@ def _size(where: str, group: h5py.Group, features: Mapping[str, Feature]) -> int
                 f"{where}, feature {feature.source!r}: the dtype is {array.dtype}, expected "
                 f"{feature.dtype.__name__}; is it the right file?"
             )
-        lengths[feature.source] = len(array)
+        arrays[feature.source] = array
+    lengths = {source: len(array) for source, array in arrays.items()}
     if len(set(lengths.values())) > 1:
         raise UserError(f"{where} has features of different lengths: {lengths}; mend the file")
-    return next(iter(lengths.values()))
+    return arrays
+
+
+def _size(arrays: Mapping[str, h5py.Dataset]) -> int:
+    return len(next(iter(arrays.values())))
 
 
 def _holds_arrays(array: h5py.Dataset) -> bool:
@@ -235,7 +242,7 @@ def _read_clients(
     """Two passes, so that the only large arrays are those of the result: sizes, then rows."""
     with _reading(path):
         where = {cid: f"{path}: client {cid!r}" for cid in sorted(root)}
-        sizes = {cid: _size(where[cid], root[cid], features) for cid in where}
+        sizes = {cid: _size(_arrays(where[cid], root[cid], features)) for cid in where}
     if (empty := [cid for cid, size in sizes.items() if not size]) and not drop_empty:
         raise UserError(
             f"{where[empty[0]]} has no examples ({len(empty)} of {len(sizes)} clients are empty); "
@@ -249,7 +256,7 @@ def _read_clients(
     for index, cid in enumerate(sizes):
         for name, feature in features.items():
             with _reading(path):
-                stored = root[cid][feature.source][:]
+                stored = cast("h5py.Dataset", root[f"{cid}/{feature.source}"])[:]
             rows = np.asarray(_converted(where[cid], feature, stored))
             if name not in flat:
                 flat[name] = np.empty((offsets[-1], *rows.shape[1:]), rows.dtype)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from fedexp.errors import UserError
 
@@ -60,7 +61,7 @@ class Vocabulary:
         """Word -> id, of the words alone."""
         return {word.encode(): number for number, word in enumerate(self.words, start=1)}
 
-    def encode(self, sentences: Sequence[bytes], length: int) -> np.ndarray:
+    def encode(self, sentences: Sequence[bytes] | np.ndarray, length: int) -> np.ndarray:
         """Sentences as ids, each cut to its first `length` words.
 
         As in Reddi et al. (Adaptive Federated Optimization, 2021): begin, the words, end of sentence
@@ -85,7 +86,7 @@ class Vocabulary:
 
 
 def fill_rows(
-    values: Iterable[int], lengths: np.ndarray, width: int, dtype: np.dtype, fill: int = 0
+    values: Iterable[int], lengths: np.ndarray, width: int, dtype: DTypeLike, fill: int = 0
 ) -> np.ndarray:
     """Lays out consecutive values row by row.
 

@@ -217,23 +217,6 @@ class FederatedDataset:
         for index, client_id in enumerate(self.client_ids):
             yield str(client_id), self.client(index)
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Batch, np.ndarray]]:
-        """Iterates over the whole set in order, in padded batches of `batch_size` rows.
-
-        Yields:
-          (batch, client): client is (batch_size,) int32, the index of each example's client.
-        """
-        if batch_size < 1:
-            raise UserError(f"the batch size must be positive, got {batch_size}")
-        for start in range(0, self.num_examples, batch_size):
-            stop = min(start + batch_size, self.num_examples)
-            padding = batch_size - (stop - start)
-            batch = Batch(
-                {name: _pad(array, padding) for name, array in self.slice(start, stop).items()},
-                np.arange(batch_size) < stop - start,
-            )
-            yield batch, _pad(self.clients_of(np.arange(start, stop)), padding)
-
     def select_clients(self, indices: Sequence[int] | np.ndarray) -> FederatedDataset:
         """A data set of the given clients: views where they are consecutive, copies elsewhere.
 
@@ -265,20 +248,6 @@ class FederatedDataset:
             )
         return FederatedDataset(
             features, _offsets(self.client_sizes[indices]), self.client_ids[indices]
-        )
-
-    def split_clients(
-        self, fraction: float, *, seed: int = 0
-    ) -> tuple[FederatedDataset, FederatedDataset]:
-        """Splits the clients at random into (fraction, the rest), each with at least one client."""
-        _check_fraction(fraction)
-        if self.num_clients < 2:
-            raise UserError("splitting clients needs at least two of them, got one")
-        count = int(np.clip(round(fraction * self.num_clients), 1, self.num_clients - 1))
-        order = np.random.default_rng(seed).permutation(self.num_clients)
-        return (
-            self.select_clients(np.sort(order[:count])),
-            self.select_clients(np.sort(order[count:])),
         )
 
     def split_examples(
@@ -377,12 +346,6 @@ def _memory_map(array: np.ndarray) -> mmap.mmap | None:
         base = base.base
     advisable = hasattr(mmap, "MADV_WILLNEED") and array.flags.c_contiguous
     return base if isinstance(base, mmap.mmap) and advisable else None
-
-
-def _pad(array: np.ndarray, rows: int) -> np.ndarray:
-    if not rows:
-        return array
-    return np.concatenate([array, np.zeros((rows, *array.shape[1:]), array.dtype)])
 
 
 def _check_not_empty(client_ids: Sequence[str] | np.ndarray, sizes: np.ndarray) -> None:

@@ -102,7 +102,7 @@ def rows(where: str, feature: Feature, values: np.ndarray) -> np.ndarray:
             f"(examples, {', '.join(map(str, feature.shape))}); correct `features`"
         )
     values = _cast(where, values, feature.dtype)
-    with adding(where):
+    with located(where):
         converted = np.asarray(feature.convert(values))
     if converted.shape[:1] != values.shape[:1]:
         raise UserError(
@@ -115,7 +115,7 @@ def rows(where: str, feature: Feature, values: np.ndarray) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def adding(where: str) -> Iterator[None]:
+def located(where: str) -> Iterator[None]:
     """Around a call of a user's function: says in which file and client it was when it raised.
 
     A UserError's message begins with that, any other exception goes through with a note.

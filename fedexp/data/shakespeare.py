@@ -16,7 +16,6 @@ CHARACTERS = (
 )
 PAD = 0
 OOV, BOS, EOS = (len(CHARACTERS) + i for i in (1, 2, 3))
-VOCAB_SIZE = len(CHARACTERS) + 4
 
 # As published in TensorFlow Federated's simulation/datasets/shakespeare.py.
 _SHA256 = "0285be9906cb5f268092eee4edeeacfc2af4574f2941f7cc2f08a321d7f5c707"

@@ -84,7 +84,7 @@ class Source:
                     name: _converted(where, feature, stored[feature.source])
                     for name, feature in self.features.items()
                 }
-                with features_lib.adding(where):
+                with features_lib.located(where):
                     encoded = self.encode(examples)
                 yield encoded
 
@@ -232,7 +232,7 @@ def _holds_arrays(array: h5py.Dataset) -> bool:
 
 
 def _converted(where: str, feature: Feature, values: np.ndarray) -> np.ndarray:
-    with features_lib.adding(f"{where}, feature {feature.source!r}"):
+    with features_lib.located(f"{where}, feature {feature.source!r}"):
         return feature.convert(values)
 
 

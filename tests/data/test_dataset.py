@@ -15,9 +15,9 @@ SEEDS = st.integers(0, 2**32)
 
 
 @st.composite
-def clients_strategy(draw, min_clients: int = 1, min_size: int = 1) -> Clients:
+def clients_strategy(draw, min_size: int = 1) -> Clients:
     """Clients whose rows are all different, so that a misplaced one shows."""
-    sizes = draw(st.lists(st.integers(min_size, 6), min_size=min_clients, max_size=6))
+    sizes = draw(st.lists(st.integers(min_size, 6), min_size=1, max_size=6))
     ids = draw(
         st.lists(
             st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=5),
@@ -82,25 +82,14 @@ def test_empty_clients_are_refused_or_dropped(clients):
             FederatedDataset.from_clients(clients, drop_empty=True)
 
 
-@hypothesis.given(clients_strategy(), st.integers(1, 12))
-def test_batches_are_the_set_in_order_and_padded(clients, batch_size):
+@hypothesis.given(clients_strategy())
+def test_whose_a_row_is(clients):
     dataset = FederatedDataset.from_clients(clients)
-    rows = [
-        (index, *x, y)
-        for index, e in enumerate(clients.values())
-        for x, y in zip(e["x"], e["y"], strict=True)
-    ]
-    expected = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    batches = list(dataset.batches(batch_size))
-    assert len(batches) == len(expected)
-    for (batch, client), want in zip(batches, expected, strict=True):
-        padding = batch_size - len(want)
-        assert batch.mask.tolist() == [True] * len(want) + [False] * padding
-        assert batch.examples["x"].shape == (batch_size, 2)
-        assert client.shape == (batch_size,)
-        assert (client.dtype, batch.examples["y"].dtype) == (np.int32, np.int32)
-        found = zip(client, *batch.examples["x"].T, batch.examples["y"], strict=True)
-        assert list(found) == want + [(0, 0, 0, 0)] * padding
+    owners = [i for i, examples in enumerate(clients.values()) for _ in examples["y"]]
+    assert dataset.client_of_example.tolist() == owners
+    found = dataset.clients_of(np.arange(len(owners))[::-1])
+    assert found.tolist() == owners[::-1]
+    assert found.dtype == dataset.client_of_example.dtype == np.int32
 
 
 @hypothesis.given(clients_strategy(), st.data())
@@ -125,18 +114,6 @@ def test_gather_and_slice(clients, data):
     assert dataset.slice(start, stop)["x"].tolist() == x[start:stop]
 
 
-@hypothesis.given(clients_strategy(min_clients=2), st.floats(0.01, 0.99), SEEDS)
-def test_split_clients(clients, fraction, seed):
-    dataset = FederatedDataset.from_clients(clients)
-    first, second = dataset.split_clients(fraction, seed=seed)
-    chosen = set(first.client_ids.tolist())
-    assert len(chosen) == min(max(round(fraction * len(clients)), 1), len(clients) - 1)
-    _assert_holds(first, {cid: e for cid, e in clients.items() if cid in chosen})
-    _assert_holds(second, {cid: e for cid, e in clients.items() if cid not in chosen})
-    again, _ = dataset.split_clients(fraction, seed=seed)
-    assert again.client_ids.tolist() == first.client_ids.tolist()
-
-
 @hypothesis.given(clients_strategy(), st.floats(0.01, 0.99), SEEDS)
 def test_split_examples(clients, fraction, seed):
     dataset = FederatedDataset.from_clients(clients)
@@ -157,11 +134,11 @@ def test_split_examples(clients, fraction, seed):
     assert _rows(again) == _rows(first)
 
 
-def test_splits_depend_on_the_seed():
+def test_a_split_depends_on_the_seed():
     clients = {f"c{i}": {"x": np.arange(200.0).reshape(100, 2)} for i in range(50)}
     dataset = FederatedDataset.from_clients(clients)
-    for split in (dataset.split_clients, dataset.split_examples):
-        assert _rows(split(0.5, seed=0)[0]) != _rows(split(0.5, seed=1)[0])
+    first, other = (dataset.split_examples(0.5, seed=seed)[0] for seed in (0, 1))
+    assert _rows(first) != _rows(other)
 
 
 @hypothesis.given(clients_strategy(), st.sampled_from([np.int32, np.uint8, np.uint64]))
@@ -253,11 +230,7 @@ def test_from_clients_refuses_what_does_not_fit(clients, message):
         (lambda d: d.select_clients([0, -4]), "got -4 to 0"),
         (lambda d: d.select_clients([True, False]), r"mask of 3 clients .* \(2,\)"),
         (lambda d: d.select_clients([0, -3]), "'a' occurs more than once"),
-        (lambda d: d.split_clients(0.0), "between 0 and 1, got 0.0"),
         (lambda d: d.split_examples(1.0), "between 0 and 1, got 1.0"),
-        (lambda d: d.select_clients([1]).split_clients(0.5), "at least two"),
-        (lambda d: next(d.batches(0)), "positive, got 0"),
-        (lambda d: next(d.batches(-1)), "positive, got -1"),
         (lambda d: d.label_histogram(6, label="z"), r"no feature 'z'; there are \['x', 'y'\]"),
         (lambda d: d.label_histogram(5), r"in \[0, 5\), got 0 to 5"),
         (lambda d: _dataset(features={"y": -np.arange(6)}).label_histogram(5), "got -5 to 0"),

@@ -22,7 +22,7 @@ from fedexp.algorithms.local import (
 )
 from fedexp.contracts import Algorithm, ClientWork, Cohort, RoundOutput, full_pass
 from fedexp.errors import UserError, check
-from fedexp.tasks import Task, carrying_statistics
+from fedexp.tasks import Task, carrying_statistics, join_statistics, split_statistics
 
 
 class Control(NamedTuple):
@@ -105,6 +105,8 @@ def scaffold(
             scale = 1 / (client_learning_rate * client.num_steps)
             # c_i+ = c_i - c - (y_i - x) / (K eta_l), and correction = c - c_i.
             renewed = jax.tree.map(lambda u, d: -scale * u - d, update.value, correction)
+        trained_part, statistics = split_statistics(renewed)
+        renewed = join_statistics(trained_part, optax.tree.zeros_like(statistics))
         change = jax.tree.map(jnp.subtract, renewed, control)
         return (
             update._replace(value=Sent(update.value, change)),

@@ -11,8 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support import linear, strategies
+
 REPOSITORY = Path(__file__).parent.parent.parent
-ALGORITHMS = ("fedprox", "scaffold1", "scaffold2")
+ALGORITHMS = tuple(strategies.algorithms(linear.task()))
+KEEP_STATES = ("scaffold1", "scaffold2", "chain", "scaffold_chain", "apfl", "fedper")
 ONE_PROCESS = ["jit:1:1", "jit:1:3"] + [
     f"{name}:{devices}:{lanes}"
     for name in ("pmap", "mesh")
@@ -66,10 +69,13 @@ def of_two_processes(tmp_path_factory) -> dict[str, np.ndarray]:
 def assert_equal(found: dict, expected: dict, spec: str, algorithm: str) -> None:
     reference = f"debug:1:1 {algorithm} "
     names = [key.removeprefix(reference) for key in expected if key.startswith(reference)]
-    assert {f"state/.params['{name}']" for name in ("w", "b")} <= set(names)
+    assert {"params/w", "params/b", "test/loss", "tuned/loss"} <= set(names)
     assert "metrics/clients/update_norm" in names and "test/loss" in names
-    assert ("client_states/0" in names) == algorithm.startswith("scaffold")
+    assert ("client_states/0" in names) == (algorithm in KEEP_STATES)
+    assert ("own/loss" in names) == (algorithm in ("apfl", "fedper"))
     for name in names:
+        if spec not in strategies.WIDE and name.startswith(("own/", "tuned/")):
+            continue
         np.testing.assert_allclose(
             found[f"{spec} {algorithm} {name}"],
             expected[reference + name],
@@ -79,16 +85,22 @@ def assert_equal(found: dict, expected: dict, spec: str, algorithm: str) -> None
         )
 
 
+def cases(specs: list[str]) -> list[tuple[str, str]]:
+    return [
+        (spec, algorithm)
+        for spec in specs
+        for algorithm in (ALGORITHMS if spec in strategies.WIDE else strategies.EVERYWHERE)
+    ]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("spec", ONE_PROCESS)
+@pytest.mark.parametrize(("spec", "algorithm"), cases(ONE_PROCESS))
 def test_one_process_equals_debug(everything, spec, algorithm):
     assert_equal(everything, everything, spec, algorithm)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("spec", TWO_PROCESSES)
+@pytest.mark.parametrize(("spec", "algorithm"), cases(TWO_PROCESSES))
 def test_two_processes_equal_debug(everything, of_two_processes, spec, algorithm):
     assert_equal(of_two_processes, everything, spec, algorithm)
 

@@ -14,22 +14,52 @@ import numpy as np
 import optax
 
 from fedexp import runtime
-from fedexp.algorithms import fedprox, optimizers, scaffold
+from fedexp.aggregators import (
+    clip_by_norm,
+    coordinate_median,
+    gaussian_noise,
+    mean,
+    quantize,
+    top_k,
+)
+from fedexp.algorithms import (
+    apfl,
+    fedavg,
+    fedper,
+    fedprox,
+    fine_tuning,
+    mime,
+    optimizers,
+    scaffold,
+)
 from fedexp.data import ClientBatching, uniform
 from fedexp.engine import Engine, Packing, debug, jit, mesh, pmap
-from fedexp.evaluation import Evaluator
+from fedexp.evaluation import ClientEvaluator, Evaluator
 from tests.support import linear
 from tests.support.measured import numbers
 
 ROUNDS, COHORT = 4, 5
 
 
+EVERYWHERE = ("fedprox", "scaffold1", "scaffold2")
+# Compiling takes its time: the other algorithms run under these alone.
+WIDE = ("debug:1:1", "jit:1:3", "pmap:2:3", "mesh:2:3", "mesh:4:3")
+
+
 def algorithms(task):
-    sgd = optax.sgd(0.05, momentum=0.5)
+    sgd, server = optax.sgd(0.05, momentum=0.5), optax.sgd(1.0)
+    links = [clip_by_norm(0.5), top_k(0.5), quantize(64), gaussian_noise(0.1, 0.5), mean()]
     return {
         "fedprox": fedprox(task, 0.1, sgd, optimizers.adam(0.1, bias_correction=False)),
         "scaffold1": scaffold(task, 0.05, option=1),
         "scaffold2": scaffold(task, 0.05, optax.adam(0.1), option=2),
+        "chain": fedavg(task, sgd, server, aggregator=links),
+        "scaffold_chain": scaffold(task, 0.05, aggregator=[top_k(0.5), mean()]),
+        "median": fedavg(task, sgd, server, aggregator=coordinate_median()),
+        "mime": mime(task, sgd, full_batch_size=5),
+        "apfl": apfl(task, sgd, server, 0.3, 0.05),
+        "fedper": fedper(task, sgd, server, local="^b$"),
+        "frozen": fedper(task, sgd, server, frozen="^b$"),
     }
 
 
@@ -42,14 +72,14 @@ def strategy(name: str, devices: int, lanes: int, streamed: bool):
     return {"pmap": pmap, "mesh": mesh}[name](packing, devices)
 
 
-def run(task, algorithm, chosen) -> dict[str, np.ndarray]:
+def run(task, algorithm, chosen, personal: bool) -> dict[str, np.ndarray]:
     """Parameters, metrics, evaluation and client states after ROUNDS rounds."""
     dataset, sampler = linear.dataset(), uniform(COHORT)
     params = task.init(jax.random.key(0), None)
     engine = Engine(
         chosen,
         algorithm,
-        dataset,
+        {"train": dataset, "test": linear.dataset(seed=1)},
         ClientBatching(4, local_epochs=2),
         params=params,
         cohort_size=COHORT,
@@ -67,6 +97,13 @@ def run(task, algorithm, chosen) -> dict[str, np.ndarray]:
     result = Evaluator(task, linear.dataset(seed=1), 4, engine.placement)(state.params)
     out |= {f"test/{name}": np.asarray(value) for name, value in result.metrics.items()}
     out |= {f"test_clients/{name}": value for name, value in result.per_client.items()}
+    out |= {f"params/{name}": np.asarray(leaf) for name, leaf in state.params.items()}
+    tuning = fine_tuning(task, optax.sgd(0.05), ClientBatching(3))
+    for name, way in {"own": algorithm.personalise, "tuned": tuning}.items() if personal else ():
+        if way is not None:
+            evaluate = ClientEvaluator(task, way, engine, "test", 4, number=0)
+            result = evaluate(state, ROUNDS, np.arange(dataset.num_clients))
+            out |= {f"{name}/{key}": np.asarray(v) for key, v in result.metrics.items()}
     if engine.client_states is not None:
         saved = engine.client_states.save()
         # Which process holds a client decides the order, and nothing else.
@@ -84,7 +121,9 @@ def main(output: str, *specs: str) -> None:
         name, devices, lanes = spec.split(":")
         chosen = strategy(name, int(devices), int(lanes), streamed=int(lanes) == 3)
         for algorithm_name, algorithm in algorithms(task).items():
-            for key, value in run(task, algorithm, chosen).items():
+            if spec not in WIDE and algorithm_name not in EVERYWHERE:
+                continue
+            for key, value in run(task, algorithm, chosen, spec in WIDE).items():
                 results[f"{spec} {algorithm_name} {key}"] = value
     if runtime.is_first():
         np.savez(output, **results)

@@ -89,10 +89,10 @@ def main(output: str, *specs: str) -> None:
                 seed=0,
             )
             prepared = engine.prepare(0, np.arange(4))
-            output = engine.run(engine.start(params), prepared)
-            flat = jax.tree.map(np.ravel, jax.device_get(output.state.params))
+            result = engine.run(engine.start(params), prepared)
+            flat = jax.tree.map(np.ravel, jax.device_get(result.state.params))
             results[f"{spec} {name}"] = np.concatenate(jax.tree.leaves(flat))
-            results[f"{spec} {name} loss"] = numbers(output, prepared)["train/loss"]
+            results[f"{spec} {name} loss"] = numbers(result, prepared)["train/loss"]
         results[f"first {name}"] = np.concatenate([np.ravel(p) for p in jax.tree.leaves(params)])
     np.savez(output, **results)
 

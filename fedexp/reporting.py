@@ -207,7 +207,11 @@ class JsonLines(Observer):
 
 
 class Reports:
-    """Follows a run's rounds, refuses numbers that are not finite, times everything, and tells observers."""
+    """Follows a run's rounds, refuses numbers that are not finite, times everything, and tells observers.
+
+    Attributes:
+      note: the highest `Round.note` so far.
+    """
 
     def __init__(
         self,
@@ -216,6 +220,7 @@ class Reports:
         workdir: str | os.PathLike | None,
         done: int,
     ):
+        self.note = 0
         self._session = session
         self._workdir = workdir
         self._done = done
@@ -250,15 +255,16 @@ class Reports:
         """Notes a round that is on its way."""
         self._expected = round_
 
-    def catch_up(self) -> Round | None:
-        """Waits for the round on its way and reports it; returns it, None if there is none.
+    def catch_up(self) -> None:
+        """Waits for the round on its way, if there is one, and reports it.
 
         Raises:
           UserError: one of its metrics is not finite.
         """
         round_, self._expected = self._expected, None
         if round_ is None:
-            return None
+            return
+        self.note = max(self.note, round_.note)
         metrics, per_client = round_.metrics, round_.per_client
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
@@ -281,7 +287,6 @@ class Reports:
         )
         for observer in self._observers:
             observer.round(self._last)
-        return round_
 
     def evaluated(self, round_: Round, results: dict[str, Evaluation]) -> dict[str, float]:
         """Reports evaluations after a round that has been caught up with; returns their row of the history.

@@ -112,7 +112,7 @@ class Experiment(Setup):
             stack.enter_context(contextlib.closing(rounds))
             stopped_by = None
             for round_ in rounds:
-                before = reports.catch_up()  # While this round runs.
+                reports.catch_up()  # With the round before, while this one runs.
                 reports.expect(round_)
                 done = round_.number
                 last = done == self.num_rounds
@@ -120,14 +120,12 @@ class Experiment(Setup):
                 measured = None
                 which = [i for i, e in enumerate(self.evaluations) if last or e.is_due(done)]
                 if which:
-                    before = reports.catch_up()
+                    reports.catch_up()
                     results, measured = self._measure(session, round_, which, last, plan)
                     history.append(reports.evaluated(round_, results))
                     if plan.improves(measured, best):
                         best, save = measured, True
-                stopped_by = (
-                    stop() if jax.process_count() == 1 else before and before.note
-                ) or None
+                stopped_by = (stop() if jax.process_count() == 1 else reports.note) or None
                 if save or stopped_by:
                     reports.catch_up()
                     saver.save(Saved(done, round_.state, history, best), measured)

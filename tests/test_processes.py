@@ -39,6 +39,31 @@ from tests.test_trainer import run
 print(run(num_rounds=20).rounds, "rounds,", calls, "calls", file=sys.stderr)
 """
 
+# Process 1 is told to stop while round 3 runs, the last one that process 0 records.
+STOPPED_AT_A_PROFILES_END = """
+import contextlib, sys
+
+from fedexp import runtime
+
+runtime.start()
+
+import jax
+from fedexp.profiling import ProfilePlan
+from tests.test_trainer import run
+
+asked = []
+
+
+@contextlib.contextmanager
+def stop_signals(say):
+    yield lambda: asked.append(None) or (15 if jax.process_index() and len(asked) >= 3 else None)
+
+
+runtime.stop_signals = stop_signals
+result = run(sys.argv[1], num_rounds=20, profile=ProfilePlan((2, 3)))
+print("stopped after", result.rounds, "by", result.stopped_by, file=sys.stderr)
+"""
+
 
 def start(workdir: Path, *params: str, processes: int = 2) -> list[subprocess.Popen]:
     command = ["-m", "fedexp.main", "--gin_file=tests/support/linear.gin"]
@@ -71,8 +96,12 @@ def launch(command: list[str], processes: int) -> list[subprocess.Popen]:
 
 
 def finish(running: list[subprocess.Popen], timeout: float = 120) -> list[tuple[int, str]]:
-    ended = [(process.communicate(timeout=timeout)[1], process.returncode) for process in running]
-    return [(code, errors) for errors, code in ended]
+    try:
+        errors = [process.communicate(timeout=timeout)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    return [(process.returncode, errors) for process, errors in zip(running, errors, strict=True)]
 
 
 def wait_for_checkpoint(running: list[subprocess.Popen], workdir: Path, at_least: int) -> None:
@@ -125,8 +154,10 @@ def test_a_lost_process_ends_the_run_and_one_process_finishes_it(tmp_path, victi
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_stops_both_after_the_same_round(tmp_path):
-    running = start(tmp_path, "train.num_rounds = 100000", "CheckpointPlan.every = 50")
+@pytest.mark.parametrize("every", [1, 50])
+def test_a_signal_to_one_process_stops_both_after_the_same_round(tmp_path, every):
+    params = ("train.num_rounds = 100000", "evaluate.every = 0", f"CheckpointPlan.every = {every}")
+    running = start(tmp_path, *params)
     wait_for_checkpoint(running, tmp_path, 50)
     running[1].send_signal(signal.SIGTERM)
     ended = finish(running)
@@ -141,6 +172,15 @@ def test_processes_agree_to_go_on_within_the_round():
     for code, errors in ended:
         assert code == 0, errors
         assert "20 rounds, [] calls" in errors
+
+
+@pytest.mark.slow
+def test_a_stop_at_the_end_of_a_profile_stops_both(tmp_path):
+    """The profile of the first process waits for rounds that the others have not waited for."""
+    ended = finish(launch(["-c", STOPPED_AT_A_PROFILES_END, str(tmp_path)], processes=2))
+    for code, errors in ended:
+        assert code == 0, errors
+        assert "stopped after 4 by 15" in errors
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from fedexp.aggregators import coordinate_median, top_k
 from fedexp.algorithms import fedavg, scaffold
 from fedexp.contracts import Algorithm, ClientWork, RoundOutput
 from fedexp.data import ClientBatching, FederatedDataset
@@ -159,6 +160,46 @@ def test_what_other_clients_hold_never_counts(strategy):
         results.append((state.params, dict(output.metrics), dict(output.per_client)))
     assert np.isfinite(results[0][0]["w"]).all()
     jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+def with_empty_cohort(name, strategy):
+    """The states after a cohort, an empty one and another, and the metrics of the empty one."""
+    task, momentum = linear.task(), optax.sgd(1.0, momentum=0.9)
+    algorithm = {
+        "fedavg": lambda: fedavg(task, optax.sgd(0.05), momentum),
+        "chain": lambda: fedavg(
+            task, optax.sgd(0.05), momentum, aggregator=[top_k(0.5), coordinate_median()]
+        ),
+        "scaffold": lambda: scaffold(task, 0.05, momentum, option=1),
+    }[name]()
+    engine, state = bind(strategy, algorithm)
+    states = []
+    for number, cohort in enumerate(([0, 3, 6], [], [1, 3])):
+        prepared = engine.prepare(number, np.array(cohort, np.int64))
+        output = engine.run(state, prepared)
+        state = output.state
+        states.append(jax.device_get(state))
+        if not cohort:
+            metrics = numbers(output, prepared)
+    return states, metrics
+
+
+@pytest.mark.parametrize("name", ["fedavg", "chain", "scaffold"])
+def test_an_empty_cohort_is_a_round_under_every_strategy(name):
+    expected, metrics = with_empty_cohort(name, debug())
+    first, empty, _ = (state.params["w"] for state in expected)
+    start = linear.task().init(jax.random.key(0), None)["w"]
+    np.testing.assert_allclose(empty - first, 0.9 * (first - start), rtol=1e-4)
+    assert metrics["train/update_norm"] == 0 and np.isnan(metrics["train/loss"])
+    streamed = Packing(lanes=3, max_resident_bytes=1)
+    for strategy in (jit(Packing(lanes=1)), jit(streamed), mesh(Packing(lanes=3))):
+        states, found = with_empty_cohort(name, strategy)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), states, expected
+        )
+        assert found.keys() == metrics.keys()
+        for key, value in metrics.items():
+            np.testing.assert_array_equal(found[key], value)
 
 
 @pytest.mark.parametrize("max_resident_bytes", [None, 1])

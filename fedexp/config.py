@@ -140,9 +140,6 @@ def check_overrides_used(overrides: Iterable[str]) -> None:
             )
 
 
-check_used = check_overrides_used  # Until the trainer has the new name.
-
-
 def differences(recorded: str) -> list[str]:
     """Compares a recorded `as_text()` with the bindings in force, one line per differing binding."""
     before = dict(line.split(" = ", 1) for line in recorded.splitlines() if " = " in line)

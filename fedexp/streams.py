@@ -22,9 +22,12 @@ NumPy's draws on the host (SAMPLING, ORDER, EVALUATION, HELD_OUT) start from (st
 from __future__ import annotations
 
 import enum
+from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
+
+if TYPE_CHECKING:
+    import jax
 
 
 class Stream(enum.IntEnum):
@@ -47,6 +50,8 @@ class Stream(enum.IntEnum):
 
 def derive(key: jax.Array, stream: Stream, index: int | jax.Array = 0) -> jax.Array:
     """The key of number `index` in a stream of `key`, which must not be drawn from itself."""
+    import jax  # Not above: processes that convert data do without.
+
     return jax.random.fold_in(jax.random.fold_in(key, int(stream)), index)
 
 

@@ -91,7 +91,7 @@ class Experiment(Setup):
             self.profile.check(self.num_rounds, workdir)
         session = Session(self)
         plan = self._checkpoint_plan(session)
-        config.check_used(overrides)
+        config.check_overrides_used(overrides)
         with contextlib.ExitStack() as stack:
             fingerprints = {name: part.fingerprint() for name, part in session.splits.items()}
             saver = Saver(workdir, plan, session.engine.client_states, fingerprints)

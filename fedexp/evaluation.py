@@ -212,7 +212,11 @@ def _selected(dataset: FederatedDataset, clients: np.ndarray) -> FederatedDatase
 def _summary(
     task: Task, sums: dict[str, Measure], confusion: np.ndarray | None = None
 ) -> Evaluation:
-    """Means over all examples and by client, of sums by client (num_clients,)."""
+    """Means over all examples and by client, of sums by client (num_clients,).
+
+    What nothing has weight in, as after an empty cohort, is left out; so is what derives from means, without
+    a loss.
+    """
     metrics, per_client = {}, {}
     for name, (values, weights) in sums.items():
         values, weights = values.astype(np.float64), weights.astype(np.float64)
@@ -220,7 +224,11 @@ def _summary(
         per_client[name] = np.divide(
             values, weights, out=np.full_like(values, np.nan), where=weights > 0
         )
-    derived = {name: float(value) for name, value in with_derived(task, metrics).items()}
+    derived = {
+        name: float(value)
+        for name, value in with_derived(task, metrics).items()
+        if sums[name if name in sums else "loss"].weights.any()
+    }
     of_clients = {k: np.asarray(v, np.float64) for k, v in with_derived(task, per_client).items()}
     return Evaluation(derived, of_clients, confusion)
 

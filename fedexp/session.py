@@ -114,13 +114,13 @@ class Round:
     @functools.cached_property
     def metrics(self) -> dict[str, float | np.ndarray]:
         """Name -> number of the round, or array; waits for it. What nothing has weight in is left out."""
-        found = {}
-        for name, value in self._measured[0].items():
+        found, infos = {}, self.prepared.infos if self.prepared else {}
+        for name, value in {**self._measured[0], **infos}.items():
             if isinstance(value, Measure):
                 value = value.values / value.weights if value.weights else None
             if value is not None:
                 found[name] = float(value) if np.ndim(value) == 0 else value
-        return {**found, **(self.prepared.infos if self.prepared else {})}
+        return found
 
     @functools.cached_property
     def per_client(self) -> dict[str, np.ndarray]:

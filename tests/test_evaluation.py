@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import optax
@@ -80,6 +82,24 @@ def test_a_sample_of_clients_is_the_same_every_time():
     assert np.isin(first, everyone).all()
     for clients, full in ((99, False), (3, True)):
         np.testing.assert_array_equal(losses(clients, full), everyone)
+
+
+def test_what_nothing_has_weight_in_is_left_out():
+    """As after an empty cohort: a loss of 0 would be the best of all."""
+    splits = FederatedSplits(linear.dataset(), linear.dataset(seed=1))
+    task = linear.task()
+    task = dataclasses.replace(task, derived={"root": lambda means: means["loss"] ** 0.5})
+    algorithm = fedavg(task, optax.sgd(0.1), optax.sgd(1.0))
+    plan = Evaluate("train", clients="cohort")
+    session = Session(Setup(splits, task, algorithm, sampler=uniform(3), evaluations=[plan]))
+    assert session.first.prepared is None
+    nobody = session.evaluate(session.first, [0], True)[plan.name]
+    assert nobody.metrics == {}
+    assert {name: len(values) for name, values in nobody.per_client.items()} == {
+        name: 0 for name in ("loss", "mae", "root")
+    }
+    first = next(session.rounds(session.first))
+    assert session.evaluate(first, [0], True)[plan.name].metrics.keys() == {"loss", "mae", "root"}
 
 
 @pytest.mark.parametrize(

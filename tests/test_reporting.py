@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import optax
 import pytest
 
 from fedexp import config, runtime
 from fedexp.algorithms import fedavg
-from fedexp.data import uniform
+from fedexp.data import Sample, Sampler, uniform
 from fedexp.errors import UserError
 from fedexp.evaluation import Evaluate
-from fedexp.reporting import JsonLines, Observer, Progress
+from fedexp.reporting import JsonLines, Observer, Progress, TensorBoard
 from fedexp.trainer import Experiment
 from tests.support import linear
 from tests.support.tensorboard import tensors
@@ -90,6 +91,17 @@ def test_lines_of_rounds_that_are_run_again_are_dropped(tmp_path):
         assert line.pop("perf/evaluation_seconds") > 0
     assert evaluations == result.history
     assert all("train/loss" in line and "perf/round_seconds" in line for line in lines[3:5])
+
+
+def test_what_a_sampler_says_of_a_round_is_told(tmp_path):
+    def sample(client_ids, seed, round):
+        infos = {"simulated/seconds": np.float32(round), "simulated/late": np.int64(2)}
+        return Sample(np.arange(3), infos=infos)
+
+    run(tmp_path, 2, sampler=Sampler(3, sample), observers=[JsonLines(), TensorBoard()])
+    lines = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
+    assert [line["simulated/seconds"] for line in lines[:2]] == [0, 1]
+    assert tensors(tmp_path)["simulated/late"] == {1: 2, 2: 2}
 
 
 def test_one_observer_may_observe_several_runs(tmp_path):

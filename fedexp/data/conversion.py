@@ -16,6 +16,7 @@ import functools
 import hashlib
 import json
 import math
+import multiprocessing.resource_tracker
 import os
 import re
 import signal
@@ -310,9 +311,7 @@ def _reader(
         stack.callback(executor.shutdown, kill_workers=True)
         # Ctrl-C is for the main thread alone: what this thread starts inherits that it is blocked.
         starter = stack.enter_context(
-            concurrent.futures.ThreadPoolExecutor(
-                1, initializer=signal.pthread_sigmask, initargs=(signal.SIG_BLOCK, {signal.SIGINT})
-            )
+            concurrent.futures.ThreadPoolExecutor(1, initializer=_block_interrupts)
         )
         try:
             yield read
@@ -322,6 +321,15 @@ def _reader(
                 f"a worker of the conversion ended with exit code {exit_codes}, perhaps for lack of "
                 "memory; run again with a smaller num_workers, it goes on where it stopped"
             ) from error
+
+
+def _block_interrupts() -> None:
+    from loky.backend import resource_tracker
+
+    # Both trackers unblock the signal in the thread that starts them, so they are started first.
+    resource_tracker.ensure_running()
+    multiprocessing.resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
 def _begin_worker(source: Source, parent: int) -> None:

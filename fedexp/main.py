@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
             config.prepare_workdir(_WORKDIR.value, write=runtime.is_first())
         result = trainer.Experiment().run(_WORKDIR.value, overrides=_GIN_PARAMS.value)
     except UserError as error:
-        runtime.leave(f"error: {_without_gin_frames(str(error))}", code=2)
+        runtime.exit_process(f"error: {_without_gin_frames(str(error))}", code=2)
     if runtime.is_first():
         progress.print_table(result.history)
         if _WORKDIR.value and paths.is_remote(_WORKDIR.value):

@@ -64,7 +64,7 @@ def recorded(
     workdir: str | os.PathLike,
     *,
     done: int,
-    settle: Callable[[], None],
+    wait: Callable[[], None],
 ) -> Generator[Round]:
     """Yields `rounds` as they come, and records those that are planned into `workdir`.
 
@@ -75,18 +75,18 @@ def recorded(
       plan: the rounds to record.
       workdir: of this machine, or a URL; the record goes to its folder plugins/profile.
       done: rounds before the first item.
-      settle: waits for the rounds on their way, which would otherwise be recorded by half.
+      wait: returns after the rounds on their way, which would otherwise be recorded by half.
     """
     first, last = plan.rounds
     with contextlib.ExitStack() as recording:
         for number, item in enumerate(rounds, done + 1):
             if number == max(first, done + 1) and number <= last:
-                settle()
+                wait()
                 recording.enter_context(_trace(workdir))
             with jax.profiler.StepTraceAnnotation("round", step_num=number):
                 yield item
             if number == last:
-                settle()
+                wait()
                 recording.close()
 
 

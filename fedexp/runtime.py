@@ -88,7 +88,7 @@ def start(
             initialization_timeout=join_seconds,
         )
     except (RuntimeError, ValueError, TypeError) as error:
-        leave(f"error: cannot join the other processes: {_first_line(error)}", EXIT_LOST)
+        exit_process(f"error: cannot join the other processes: {_first_line(error)}", EXIT_LOST)
 
 
 def _cores() -> int:
@@ -124,7 +124,7 @@ def leaving_a_broken_group() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         if is_about_others(error):
-            leave(
+            exit_process(
                 f"error: another process is lost ({_first_line(error)}). The same command, on as "
                 "many processes as there are now, goes on from the last checkpoint.",
                 EXIT_LOST,
@@ -132,7 +132,7 @@ def leaving_a_broken_group() -> Iterator[None]:
         if isinstance(error, UserError):  # Met by all processes in the same round.
             raise
         traceback.print_exc()
-        leave("error: this process cannot go on", 1)
+        exit_process("error: this process cannot go on", 1)
 
 
 def is_about_others(error: BaseException | None) -> bool:
@@ -175,7 +175,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def leave(message: str, code: int) -> NoReturn:
+def exit_process(message: str, code: int) -> NoReturn:
     """Prints `message` on stderr and exits; of several processes, without waiting for the others."""
     print(message, file=sys.stderr, flush=True)
     if jax.distributed.is_initialized():

@@ -149,7 +149,7 @@ class Experiment(Setup):
         if self.profile is None or not runtime.is_first():
             return lambda rounds: rounds
         return lambda rounds: profiling.recorded(
-            rounds, self.profile, workdir, done=done, settle=reports.catch_up
+            rounds, self.profile, workdir, done=done, wait=reports.catch_up
         )
 
     def _measure(

@@ -51,12 +51,12 @@ def count_up(done, stop):
 
 
 def go_through(plan, workdir, done=0, stop=5):
-    settled = []
+    waits = []
     rounds = recorded(
-        count_up(done, stop), plan, workdir, done=done, settle=lambda: settled.append(None)
+        count_up(done, stop), plan, workdir, done=done, wait=lambda: waits.append(None)
     )
     assert list(rounds) == list(range(done, stop))
-    return len(settled)
+    return len(waits)
 
 
 def test_a_run_records_the_planned_rounds_and_ends_as_without(tmp_path):
@@ -75,12 +75,12 @@ def test_a_resumed_run_records_what_is_left(tmp_path):
     assert not profiles(tmp_path / "after")
 
 
-def test_rounds_on_their_way_are_settled_at_both_ends(tmp_path):
+def test_rounds_on_their_way_are_waited_for_at_both_ends(tmp_path):
     assert go_through(ProfilePlan((2, 3)), tmp_path) == 2
 
 
 def test_a_run_that_stops_early_leaves_its_profile(tmp_path):
-    rounds = recorded(count_up(0, 9), ProfilePlan((1, 9)), tmp_path, done=0, settle=lambda: None)
+    rounds = recorded(count_up(0, 9), ProfilePlan((1, 9)), tmp_path, done=0, wait=lambda: None)
     next(rounds)
     rounds.close()
     (profile,) = profiles(tmp_path)

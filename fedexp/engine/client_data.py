@@ -29,7 +29,7 @@ class ClientData:
     Attributes:
       client_ids: (num_clients,) str.
       borders: (processes + 1,) int64, where each process's range begins.
-      own: this process's clients.
+      local_clients: this process's.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class ClientData:
         self.client_ids = train.client_ids
         self.borders = np.searchsorted(train.offsets, wanted).astype(np.int64)
         number = np.flatnonzero(np.unique(placement.processes) == jax.process_index())[0]
-        self.own = range(*self.borders[number : number + 2].tolist())
+        self.local_clients = range(*self.borders[number : number + 2].tolist())
         self.placement = placement
         self._splits = splits
         self._budget = resident_bytes
@@ -87,8 +87,8 @@ class Split:
         self.nbytes = rows * dataset.nbytes // dataset.num_examples
         self.resident: Examples | None = None
         if self.nbytes <= budget:
-            self._resident_firsts = ends[:-1] - ends[data.own.start]
-            self.resident = self._put(data.own, rows)
+            self._resident_firsts = ends[:-1] - ends[data.local_clients.start]
+            self.resident = self._put(data.local_clients, rows)
 
     def resident_rows(self, clients: np.ndarray) -> np.ndarray:
         """Where each of this process's clients begins in the resident rows, (n,) int64."""
@@ -110,9 +110,12 @@ class Split:
                     examples[name][device, end - size : end] = array
         return self._placement.split(examples)
 
-    def _put(self, own: range, rows: int) -> Examples:
+    def _put(self, clients: range, rows: int) -> Examples:
         """Copies of this process's clients' rows, one for each of its devices."""
-        firsts, sizes = self._firsts[own.start : own.stop], self.sizes[own.start : own.stop]
+        firsts, sizes = (
+            self._firsts[clients.start : clients.stop],
+            self.sizes[clients.start : clients.stop],
+        )
         firsts, sizes = firsts[sizes > 0], sizes[sizes > 0]
         if len(sizes) and (firsts[1:] == (firsts + sizes)[:-1]).all():
             share = self._dataset.slice(firsts[0], firsts[-1] + sizes[-1])

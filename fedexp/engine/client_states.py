@@ -16,11 +16,11 @@ class ClientStates:
 
     Args:
       first: the state of a client that was never sampled, a pytree of arrays.
-      own: the clients of this process; others are not kept.
+      clients: those of this process; others are not kept.
     """
 
-    def __init__(self, first: PyTree, own: range):
-        self._own = own
+    def __init__(self, first: PyTree, clients: range):
+        self._clients = clients
         leaves, self._treedef = jax.tree.flatten(jax.device_get(first))
         self._first = [np.asarray(leaf) for leaf in leaves]
         self._rows: dict[int, list[np.ndarray]] = {}
@@ -70,7 +70,9 @@ class ClientStates:
     def load(self, saved: PyTree) -> None:
         """Takes over what `save` returned, possibly on another number of processes."""
         self._rows = {}
-        rows = np.array([row for row, i in enumerate(saved["clients"]) if int(i) in self._own], int)
+        rows = np.array(
+            [row for row, i in enumerate(saved["clients"]) if int(i) in self._clients], int
+        )
         self.scatter(saved["clients"][rows], rows, saved["rows"])
 
 

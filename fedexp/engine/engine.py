@@ -79,7 +79,7 @@ class Engine:
         self.client_states: ClientStates | None = None
         if algorithm.init_client is not None:
             first = first_state(algorithm.init_client, params)
-            self.client_states = ClientStates(first, self.data.own)
+            self.client_states = ClientStates(first, self.data.local_clients)
         self.population = Population(
             float(cohort_size), self.data.num_clients if population is None else population
         )

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from fedexp.errors import UserError
 
 PyTree = Any
-# (shared, own) -> (total, each), for one device; `own` is that device's part.
+# (shared, part) -> (total, each), for one device and its part of the work.
 DeviceFunction = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
 
 _AXIS = "devices"
@@ -102,7 +102,7 @@ class Placement:
         """Tells the compiler that all devices end up with the same values."""
         return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, _WHOLE))
 
-    def own_rows(self, tree: PyTree) -> PyTree:
+    def local_rows(self, tree: PyTree) -> PyTree:
         """This process's rows of arrays whose first axis is split over devices, as NumPy."""
 
         def read(array: jax.Array) -> np.ndarray:

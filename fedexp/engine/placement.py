@@ -102,6 +102,10 @@ class Placement:
         """Tells the compiler that all devices end up with the same values."""
         return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, _WHOLE))
 
+    def keep_split(self, tree: PyTree) -> PyTree:
+        """Tells the compiler that the first axis is split over devices, as `local_rows` needs it."""
+        return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, _SPLIT))
+
     def local_rows(self, tree: PyTree) -> PyTree:
         """This process's rows of arrays whose first axis is split over devices, as NumPy."""
 

@@ -128,7 +128,8 @@ class Runner:
         output, noted = self._body(*args)
         kept = (output.state, dict(output.metrics), dict(output.per_client), noted)
         state, metrics, per_client, noted = self._placement.keep_replicated(kept)
-        return RoundOutput(state, metrics, per_client, output.client_states), noted
+        client_states = self._placement.keep_split(output.client_states)
+        return RoundOutput(state, metrics, per_client, client_states), noted
 
     def _interpreted(self, *args: PyTree) -> tuple[RoundOutput, jax.Array | None]:
         try:

@@ -155,7 +155,7 @@ class Saver:
             saved.done,
             {"server": saved.state, "clients": clients},
             metadata={"history": saved.history, "best": saved.best, "data": self._data},
-            metrics=None if measured is None else {self._best_metric: measured},
+            metrics=None if measured is None else {str(self._best_metric): measured},
         )
         self._saved = saved.done
 
@@ -244,7 +244,7 @@ class Checkpointer:
             )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(preserved),
-            best_fn=best_metric and (lambda metrics: metrics[best_metric]),
+            best_fn=(lambda metrics: metrics[best_metric]) if best_metric else None,
             best_mode=best_mode,
             cleanup_tmp_directories=True,
             # In the background, a failure to make them leaves threads that keep the process alive.
@@ -361,7 +361,7 @@ class Checkpointer:
         path = os.path.join(self._directory, str(round))
         args = self._ocp.args
         try:
-            read = self._manager.restore(
+            read: Any = self._manager.restore(
                 round, args=args.Composite(state=args.PyTreeRestore(), about=args.JsonRestore())
             )
             described, metadata = read.about["arrays"], read.about["metadata"]
@@ -420,7 +420,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".strip().splitlines()[0].rstrip(".")
 
 
-def _named_leaves(tree: PyTree) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
+def _named_leaves(tree: PyTree) -> tuple[dict[str, Any], Any]:
     """The leaves by path (`params.Dense_0.kernel`), in the tree's order."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator=".") or "state": leaf
@@ -431,7 +431,7 @@ def _named_leaves(tree: PyTree) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef
 
 
 def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _without_keys(tree: PyTree) -> PyTree:
@@ -456,7 +456,7 @@ def _description(array: np.ndarray) -> tuple[str, list[int], int]:
 
 
 def _checksum(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _checked(

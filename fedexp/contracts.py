@@ -49,7 +49,7 @@ class Clients:
     num_steps: jax.Array
     inputs: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     state: PyTree = None
-    key: jax.Array | None = None
+    key: Any = None
 
 
 @jax.tree_util.register_dataclass

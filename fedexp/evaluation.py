@@ -302,7 +302,7 @@ class ClientEvaluator:
     def _measure(self, state: PyTree, done: int, clients: np.ndarray) -> dict[str, Measure]:
         prepared = self._preparer.prepare(done, Sample(clients))
         output, _ = self._runner.run(state, prepared)
-        sums = jax.device_get(output.per_client)
+        sums = dict(jax.device_get(output.per_client))
         return jax.tree.map(lambda leaf: leaf[prepared.slots], sums)
 
     def _clients_at_once(self, personal: Personalisation) -> int:
@@ -321,14 +321,14 @@ class ClientEvaluator:
 
     def _measuring(self, personal: Personalisation) -> Callable[..., RoundOutput]:
         def round_(state, cohort, for_each_client):
-            own = None
+            trained = None
             if personal.through is not None:
-                _, own = for_each_client(personal.work, state, cohort, "personalise")
-                clients = dataclasses.replace(cohort.clients, state=own)
+                _, trained = for_each_client(personal.work, state, cohort, "personalise")
+                clients = dataclasses.replace(cohort.clients, state=trained)
                 cohort = dataclasses.replace(cohort, clients=clients)
 
             def init(state, client):
-                if own is not None:
+                if trained is not None:
                     return client.state, self._zeros()
                 _, params = personal.work.finish(state, personal.work.init(state, client), client)
                 return params, self._zeros()
@@ -387,8 +387,8 @@ class Evaluator:
     def _zeros(self) -> PyTree:
         """Sums of each of this process's devices: per metric and client, and the confusion."""
         devices = len(self._placement.local)
-        per_client = np.zeros((devices, self._dataset.num_clients), np.float32)
-        classes = self._task.num_classes if self._task.predict else 0
+        per_client: Any = np.zeros((devices, self._dataset.num_clients), np.float32)
+        classes = (self._task.num_classes or 0) if self._task.predict else 0
         confusion = np.zeros((devices, classes, classes), np.int32)
         names = ("loss", *self._task.metrics)
         return {name: Measure(per_client, per_client) for name in names}, confusion

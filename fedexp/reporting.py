@@ -91,7 +91,7 @@ class TensorBoard(Observer):
     def begin(self, session: Session, workdir: str | os.PathLike | None, done: int) -> None:
         if workdir is None:
             return
-        self._writer = Writer(workdir, resume_at=done + 1)
+        self._writer = Writer(os.fspath(workdir), resume_at=done + 1)
         self._task = session.setup.task
         self._writer.text(0, "config/operative", gin.markdown(gin.operative_config_str()))
         images = self._task.images and self._task.images(session.splits["train"].slice(0, 64))
@@ -271,18 +271,20 @@ class Reports:
         for name, value in round_.measured().items():
             _check_finite(round_.number, name, value, self._workdir)
         self._round_seconds.append(seconds)
-        self._utilisation.append(round_.prepared.utilisation)
+        prepared = round_.prepared
+        assert prepared is not None  # Only rounds that have been sent are expected.
+        self._utilisation.append(prepared.utilisation)
         self._last = RoundReport(
             round_.number,
-            {name: value for name, value in metrics.items() if np.ndim(value) == 0},
-            {name: value for name, value in metrics.items() if np.ndim(value)},
+            {name: float(value) for name, value in metrics.items() if np.ndim(value) == 0},
+            {name: np.asarray(value) for name, value in metrics.items() if np.ndim(value)},
             per_client,
             {
                 "perf/round_seconds": seconds,
-                "perf/examples_per_second": round_.prepared.num_examples / seconds,
+                "perf/examples_per_second": prepared.num_examples / seconds,
                 "perf/host_wait_seconds": round_.waited,
                 "perf/compilations": self._session.engine.runner.compilations,
-                "perf/utilisation": round_.prepared.utilisation,
+                "perf/utilisation": prepared.utilisation,
             },
         )
         for observer in self._observers:

@@ -158,7 +158,7 @@ def stop_signals(say: Callable[[str], None]) -> Iterator[Callable[[], int | None
     def note(number: int, frame: Any) -> None:
         del frame
         received.append(number)
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
         say(f"{signal.Signals(number).name}: stopping after this round")
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

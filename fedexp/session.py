@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -96,7 +96,7 @@ class Round:
     @functools.cached_property
     def _measured(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Metrics of the round and of its clients as the devices have them; waits for them."""
-        metrics, per_client = jax.device_get((dict(self._output[0]), dict(self._output[1])))
+        metrics, per_client = map(dict, jax.device_get(self._output[:2]))
         slots = self.prepared.slots if self.prepared else []
         return metrics, {
             name: jax.tree.map(lambda leaf: leaf[slots], value)
@@ -198,7 +198,7 @@ class Session:
         after: Round,
         note: Callable[[], int] = lambda: 0,
         watch: Callable[[Iterator[Any]], Iterator[Any]] = lambda prepared: prepared,
-    ) -> Iterator[Round]:
+    ) -> Generator[Round]:
         """Yields the rounds after one, each as soon as it is on its way to the devices.
 
         Args:
@@ -206,8 +206,9 @@ class Session:
           note: what this process has for the others when a round begins; see `Round.note`.
           watch: wraps the iterator of prepared rounds, each of which is run until the next is asked for.
         """
-        if after.session is not self and self.engine.client_states is not None:
-            self.engine.client_states.load(after.session.engine.client_states.save())
+        before, states = after.session.engine.client_states, self.engine.client_states
+        if before is not states and before is not None and states is not None:
+            states.load(before.save())
         round_ = after
         for prepared, waited in watch(self._prepared(range(after.number, self.setup.num_rounds))):
             output, noted = self.engine.runner.run(round_.state, prepared, note())
@@ -239,13 +240,14 @@ class Session:
             return self.engine.prepare(number, self._sampler.sample(ids, seed, number))
 
         with ThreadPoolExecutor(1, thread_name_prefix="prepare") as pool:
-            future = pool.submit(prepare, rounds.start) if rounds else None
+            futures = [pool.submit(prepare, number) for number in rounds[:1]]
             for number in rounds:
                 begin = time.perf_counter()
-                prepared = future.result()
+                prepared = futures.pop().result()
                 waited = time.perf_counter() - begin
-                if number + 1 in rounds:
-                    future = pool.submit(prepare, number + 1)
+                futures = [
+                    pool.submit(prepare, later) for later in (number + 1,) if later in rounds
+                ]
                 yield prepared, waited
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import itertools
 import math
@@ -42,8 +43,6 @@ class Writer:
     """
 
     def __init__(self, logdir: str | Path, *, resume_at: int | None = None) -> None:
-        from tensorboard.compat.proto import event_pb2
-
         self._logdir = str(logdir)
         self._is_remote = paths.is_remote(logdir)
         self._pending: list[bytes] = []
@@ -57,7 +56,8 @@ class Writer:
             raise self._cannot_write(error) from error
         if resume_at is not None:
             # Twice, for TensorBoard takes a run's first START for its beginning, and drops nothing.
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            log = _proto("event").SessionLog
+            start = log(status=log.START)
             for _ in range(2):
                 self._add(step=resume_at, session_log=start)
         self.flush()
@@ -66,14 +66,14 @@ class Writer:
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes numbers by tag; a value is anything `float` takes, NaN included."""
-        from tensorboard.compat.proto import summary_pb2, tensor_pb2, types_pb2
         from tensorboard.plugins.scalar import metadata
 
         described = metadata.create_summary_metadata(display_name=None, description=None)
-        summary = summary_pb2.Summary()
+        summary, tensors = _proto("summary").Summary(), _proto("tensor")
+        dtype = _proto("types").DT_FLOAT
         for tag, value in values.items():
             # Not by make_tensor_proto, which takes several times as long: every round has scalars.
-            tensor = tensor_pb2.TensorProto(dtype=types_pb2.DT_FLOAT, float_val=[float(value)])
+            tensor = tensors.TensorProto(dtype=dtype, float_val=[float(value)])
             summary.value.add(tag=tag, metadata=described, tensor=tensor)
         self._add(step=step, summary=summary)
 
@@ -142,10 +142,9 @@ class Writer:
                 raise
 
     def _add_tensors(self, step: int, tensors: Mapping[str, np.ndarray], metadata: Any) -> None:
-        from tensorboard.compat.proto import summary_pb2
         from tensorboard.util import tensor_util
 
-        summary = summary_pb2.Summary()
+        summary = _proto("summary").Summary()
         for tag, array in tensors.items():
             tensor = tensor_util.make_tensor_proto(array)
             summary.value.add(tag=tag, metadata=metadata, tensor=tensor)
@@ -240,8 +239,8 @@ def confusion_image(matrix: np.ndarray, class_names: Sequence[str]) -> np.ndarra
         for (true, predicted), value in np.ndenumerate(percent):
             if value >= 0.5:
                 color = "white" if value > 30 else "black"
-                centred = {"ha": "center", "va": "center"}
-                axes.text(predicted, true, f"{value:.0f}", color=color, fontsize=8, **centred)
+                text = axes.text(predicted, true, f"{value:.0f}", color=color, fontsize=8)
+                text.set(ha="center", va="center")
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
@@ -269,10 +268,13 @@ def image_grid(images: np.ndarray, *, columns: int | None = None, padding: int =
     return grid[: grid.shape[0] - padding, : grid.shape[1] - padding]
 
 
-def _event(**fields: Any) -> bytes:
-    from tensorboard.compat.proto import event_pb2
+def _proto(name: str) -> Any:
+    """TensorBoard's generated module, whose names no type checker sees."""
+    return importlib.import_module(f"tensorboard.compat.proto.{name}_pb2")
 
-    return event_pb2.Event(wall_time=time.time(), **fields).SerializeToString()
+
+def _event(**fields: Any) -> bytes:
+    return _proto("event").Event(wall_time=time.time(), **fields).SerializeToString()
 
 
 def _records(events: Sequence[bytes]) -> bytes:

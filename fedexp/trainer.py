@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import gin
@@ -62,7 +62,7 @@ class Experiment(Setup):
     )
     profile: profiling.ProfilePlan | None = None
 
-    def rounds(self, after: Round | None = None) -> Iterator[Round]:
+    def rounds(self, after: Round | None = None) -> Generator[Round]:
         """Runs rounds for a loop of one's own: no summaries, no checkpoints, evaluations when asked for.
 
         Args:
@@ -146,10 +146,11 @@ class Experiment(Setup):
         self, reports: Reports, workdir: Any, done: int
     ) -> Callable[[Iterator], Iterator]:
         """Wraps the rounds so that the profiler records those that are planned."""
-        if self.profile is None or not runtime.is_first():
+        plan = self.profile
+        if plan is None or not runtime.is_first():
             return lambda rounds: rounds
         return lambda rounds: profiling.recorded(
-            rounds, self.profile, workdir, done=done, wait=reports.catch_up
+            rounds, plan, workdir, done=done, wait=reports.catch_up
         )
 
     def _measure(
@@ -169,4 +170,4 @@ class Experiment(Setup):
                 plan.best_metric
             ):
                 values |= row(session.evaluate(round_, [i], full=False))
-        return results, values.get(plan.best_metric)
+        return results, values.get(str(plan.best_metric))

@@ -128,14 +128,14 @@ def _with_rate(
     optimizer = optax.with_extra_args_support(optimizer)
 
     def update(
-        grads: PyTree,
+        updates: PyTree,
         state: optax.OptState,
         params: PyTree | None = None,
         *,
         rate: jax.Array | None = None,
         **extra: Any,
     ) -> tuple[PyTree, optax.OptState]:
-        updates, state = optimizer.update(grads, state, params, **extra)
+        updates, state = optimizer.update(updates, state, params, **extra)
         return updates if rate is None else jax.tree.map(lambda u: rate * u, updates), state
 
     return optax.GradientTransformationExtraArgs(optimizer.init, update)

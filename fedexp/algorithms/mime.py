@@ -44,8 +44,8 @@ def mime(
         at_server, _ = gradient(task, shared.params, batch, key)
         return jax.tree.map(lambda g, at_x, c: g - at_x + c, grads, at_server, control)
 
-    def fixed(grads, statistics, params=None):
-        return optimizer.update(grads, statistics, params)[0], statistics
+    def fixed(updates, state, params=None):
+        return optimizer.update(updates, state, params)[0], state
 
     mimicking = optax.GradientTransformation(optimizer.init, fixed)
     training = local_training(task, mimicking, "uniform", direction)

@@ -17,7 +17,7 @@ import optax
 
 from fedexp.errors import check
 
-ScalarOrSchedule = float | Callable[[jax.Array], jax.Array]
+ScalarOrSchedule = float | optax.Schedule
 
 _OPTAX_OPTIMIZERS = ("sgd", "adamw", "rmsprop", "lion", "lamb", "nadam", "adabelief")
 _OPTAX_SCHEDULES = (
@@ -70,10 +70,10 @@ def _algorithm_2(
             jax.tree.map(lambda p: jnp.full_like(p, initial_accumulator_value), params),
         )
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         del params
-        m = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, grads, state.m)
-        v = jax.tree.map(second_moment, grads, state.v)
+        m = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, updates, state.m)
+        v = jax.tree.map(second_moment, updates, state.v)
         # An entry that never had a gradient has m = 0: 0 / max(0 + eps, tiny) stays 0 for eps = 0 too.
         updates = jax.tree.map(
             lambda m, v: m / jnp.maximum(jnp.sqrt(v) + eps, jnp.finfo(v.dtype).tiny), m, v

@@ -78,15 +78,15 @@ def without(task: Task, frozen: PyTree) -> Task:
     def apply(params, batch, key):
         return task.apply(merge(params, frozen), batch, key)
 
+    updating: Any = task.apply_and_update
+
     def apply_and_update(params, batch, mask, key):
-        outputs, new = task.apply_and_update(merge(params, frozen), batch, mask, key)
+        outputs, new = updating(merge(params, frozen), batch, mask, key)
         _, old = split_statistics(params)
         kept = jax.tree.map(lambda o, n: None if o is None else n, old, new, is_leaf=_is_none)
         return outputs, kept
 
-    return dataclasses.replace(
-        task, apply=apply, apply_and_update=task.apply_and_update and apply_and_update
-    )
+    return dataclasses.replace(task, apply=apply, apply_and_update=updating and apply_and_update)
 
 
 def _is_none(leaf: Any) -> bool:

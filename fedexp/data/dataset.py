@@ -8,7 +8,7 @@ import hashlib
 import json
 import mmap
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -302,12 +302,12 @@ class Batch(NamedTuple):
     """A batch of fixed size.
 
     Attributes:
-      examples: name -> (batch_size, ...); the content of padded rows is arbitrary.
+      examples: name -> (batch_size, ...), of NumPy or JAX; the content of padded rows is arbitrary.
       mask: (batch_size,) bool, False on padded rows.
     """
 
-    examples: Examples
-    mask: np.ndarray
+    examples: Mapping[str, Any]
+    mask: Any
 
 
 class FederatedSplits(NamedTuple):

@@ -16,6 +16,8 @@ import numpy as np
 from fedexp.errors import UserError
 from fedexp.streams import Stream, generator
 
+Ids = Sequence[str] | np.ndarray
+
 
 class Sample(NamedTuple):
     """The cohort of a round.
@@ -44,7 +46,7 @@ class Draw(Protocol):
       UserError: a cohort that the population cannot give.
     """
 
-    def __call__(self, client_ids: Sequence[str], seed: int, round: int) -> Sample: ...
+    def __call__(self, client_ids: Ids, seed: int, round: int) -> Sample: ...
 
 
 class Sampler(NamedTuple):
@@ -61,7 +63,7 @@ class Sampler(NamedTuple):
 
     cohort_size: float
     sample: Draw
-    held_out: Callable[[Sequence[str]], np.ndarray] | None = None
+    held_out: Callable[[Ids], np.ndarray] | None = None
 
 
 @gin.configurable
@@ -72,7 +74,7 @@ def uniform(cohort_size: int = 10) -> Sampler:
     """
     _check_positive("cohort_size", cohort_size)
 
-    def sample(client_ids: Sequence[str], seed: int, round: int) -> Sample:
+    def sample(client_ids: Ids, seed: int, round: int) -> Sample:
         if cohort_size > len(client_ids):
             raise UserError(
                 f"a cohort of {cohort_size} clients cannot be sampled from {len(client_ids)}; "
@@ -95,7 +97,7 @@ def poisson(expected_cohort_size: float) -> Sampler:
     """
     _check_positive("expected_cohort_size", expected_cohort_size)
 
-    def sample(client_ids: Sequence[str], seed: int, round: int) -> Sample:
+    def sample(client_ids: Ids, seed: int, round: int) -> Sample:
         num_clients = len(client_ids)
         if expected_cohort_size > num_clients:
             raise UserError(
@@ -122,7 +124,7 @@ def fixed(cohorts: Sequence[Sequence[int | str]]) -> Sampler:
             f"fixed.cohorts needs one cohort or more, none of them empty, got {cohorts}"
         )
 
-    def sample(client_ids: Sequence[str], seed: int, round: int) -> Sample:
+    def sample(client_ids: Ids, seed: int, round: int) -> Sample:
         del seed
         number = round % len(cohorts)
         return Sample(_indices(cohorts[number], client_ids, f"fixed.cohorts[{number}]"))
@@ -147,13 +149,13 @@ def hold_out(sampler: Sampler, fraction: float = 0.1, seed: int = 0) -> Sampler:
 
     known: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # By the size of the population.
 
-    def held_out(client_ids: Sequence[str]) -> np.ndarray:
+    def held_out(client_ids: Ids) -> np.ndarray:
         count = max(1, int(fraction * len(client_ids)))
         mask = np.zeros(len(client_ids), bool)
         mask[_choose(generator(Stream.HELD_OUT, seed), len(client_ids), count)] = True
         return mask
 
-    def sample(client_ids: Sequence[str], seed: int, round: int) -> Sample:
+    def sample(client_ids: Ids, seed: int, round: int) -> Sample:
         if len(client_ids) not in known:
             taking_part = np.flatnonzero(~held_out(client_ids))
             known[len(client_ids)] = taking_part, np.asarray(client_ids)[taking_part]
@@ -164,7 +166,7 @@ def hold_out(sampler: Sampler, fraction: float = 0.1, seed: int = 0) -> Sampler:
     return Sampler(sampler.cohort_size, sample, held_out)
 
 
-def _indices(cohort: Sequence[int | str], client_ids: Sequence[str], where: str) -> np.ndarray:
+def _indices(cohort: Sequence[int | str], client_ids: Ids, where: str) -> np.ndarray:
     index_of = {}
     if any(isinstance(client, str) for client in cohort):
         wanted = set(cohort)

@@ -7,6 +7,7 @@ those. `python -m benchmarks.convolution_in_loop` prints the measurements behind
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -171,7 +172,10 @@ def _shifts(x: jax.Array, *, size: int, stride: int, axis: int) -> list[jax.Arra
 
 def _combine(matrix: np.ndarray, terms: Sequence[jax.Array]) -> list[jax.Array]:
     return [
-        sum(float(weight) * term for weight, term in zip(row, terms, strict=True) if weight)
+        functools.reduce(
+            jnp.add,
+            [float(weight) * term for weight, term in zip(row, terms, strict=True) if weight],
+        )
         for row in matrix
     ]
 

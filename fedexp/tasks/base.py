@@ -15,7 +15,7 @@ from fedexp.errors import UserError
 from fedexp.tasks.statistics import join_statistics, split_statistics
 
 PyTree = Any
-Features = Mapping[str, jax.Array]
+Features = Mapping[str, Any]  # Arrays of NumPy or JAX.
 
 
 class Measure(NamedTuple):

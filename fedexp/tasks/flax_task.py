@@ -65,7 +65,7 @@ def flax_task(
         given = {"train": train} if mask is None else {"train": train, "mask": mask}
         return {option: value for option, value in given.items() if option in accepted}
 
-    def first(key: jax.Array, batch: Features) -> tuple[Any, dict[str, PyTree]]:
+    def first(key: jax.Array, batch: Features) -> tuple[Any, Any]:
         return model.init_with_output(key, *inputs(batch, None), **options(train=False))
 
     def init(key: jax.Array, batch: Features) -> PyTree:

@@ -1,14 +1,15 @@
-"""A tree of small arrays as one, because it is their number that a transfer to a device costs."""
+"""Trees of small arrays as one, because it is their number that transfers and calls cost."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 PyTree = Any
@@ -32,8 +33,7 @@ class PackedTree:
     @classmethod
     def of(cls, trees: Sequence[PyTree]) -> PackedTree:
         """Packs D trees of NumPy arrays that are alike in all but their values."""
-        structure = jax.tree.structure(trees[0])
-        rows = [jax.tree.leaves(tree) for tree in trees]
+        rows, (structure, *_) = zip(*map(jax.tree.flatten, trees), strict=True)
         flat = [np.concatenate([_as_int32(leaf) for leaf in row]) for row in rows]
         layout = tuple((leaf.shape, leaf.dtype) for leaf in rows[0])
         return cls(np.stack(flat), (layout, structure))
@@ -42,11 +42,58 @@ class PackedTree:
         """The arrays of all trees, stacked: leaves (D, ...)."""
         shapes, structure = self.layout
         ends = np.cumsum([math.prod(shape) for shape, _ in shapes])
-        parts = jax.numpy.split(self.flat, ends[:-1], axis=1)
+        parts = jnp.split(self.flat, ends[:-1], axis=1)
         return structure.unflatten(
             _as_stored(part, dtype).reshape(len(part), *shape)
             for part, (shape, dtype) in zip(parts, shapes, strict=True)
         )
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["flat"], meta_fields=["layout"])
+@dataclasses.dataclass(frozen=True, eq=False)
+class PackedMapping(Mapping[str, Any]):
+    """Names and trees of arrays, for the way back from the devices: what is asked for is cut out.
+
+    `jax.device_get` turns all of it to NumPy; before that, everything cut out is an operation of its own.
+    To `jax.tree` its leaves are the packed arrays.
+
+    Attributes:
+      flat: dtype -> (n,) arrays of it, side by side.
+      layout: shape and dtype of every array, and the structure of the whole.
+    """
+
+    flat: dict[str, jax.Array]
+    layout: Layout
+
+    @classmethod
+    def of(cls, mapping: Mapping[str, PyTree]) -> PackedMapping:
+        """Packs arrays and numbers of any dtypes."""
+        leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, dict(mapping)))
+        parts: dict[str, list[jax.Array]] = {}
+        for leaf in leaves:
+            parts.setdefault(str(leaf.dtype), []).append(leaf.ravel())
+        flat = {dtype: jnp.concatenate(arrays) for dtype, arrays in parts.items()}
+        return cls(flat, (tuple((leaf.shape, leaf.dtype) for leaf in leaves), structure))
+
+    @functools.cached_property
+    def _unpacked(self) -> dict[str, PyTree]:
+        shapes, structure = self.layout
+        taken = dict.fromkeys(self.flat, 0)
+        leaves = []
+        for shape, dtype in shapes:
+            name, size = str(dtype), math.prod(shape)
+            leaves.append(self.flat[name][taken[name] : taken[name] + size].reshape(shape))
+            taken[name] += size
+        return structure.unflatten(leaves)
+
+    def __getitem__(self, name: str) -> PyTree:
+        return self._unpacked[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._unpacked)
+
+    def __len__(self) -> int:
+        return len(self._unpacked)
 
 
 def _as_int32(leaf: np.ndarray) -> np.ndarray:

@@ -15,6 +15,8 @@ from fedexp.compiling import Compilations, jit, release_memory, run_once
 from fedexp.contracts import TRAIN, Clients, ClientWork, Cohort, RoundOutput
 from fedexp.engine.client_states import ClientStates
 from fedexp.engine.loop import DeviceWork
+from fedexp.engine.packed_tree import PackedMapping
+from fedexp.engine.placement import Placement
 from fedexp.engine.preparing import DeviceInputs, PreparedRound, Preparer
 from fedexp.engine.strategy import Strategy
 from fedexp.streams import Stream, derive
@@ -69,7 +71,7 @@ class Runner:
         self._population = population
         self._client_ids = client_ids
         self._client_states = client_states
-        self._root = np.asarray(jax.random.key_data(root))
+        self._root = self._placement.replicate(jax.random.key_data(root))
         self._root_type = jax.random.key_impl(root)
         self._compilations = Compilations()
         self._program = self._interpreted
@@ -95,38 +97,43 @@ class Runner:
           highest note, which all know after the same round.
         """
         frozen = getattr(state, "frozen", None)
-        state = _without_frozen(state)
+        if frozen is not None:
+            state = _without_frozen(state)
         header = np.array([prepared.round, len(prepared.clients)], np.int32)
         notes = None
         if self._placement.num_processes > 1:
             notes = self._placement.split(np.full(len(self._placement.local), note, np.int32))
-        own = rows = states = None
+        here = rows = states = None
         if self._client_states is not None:
             rows = prepared.slots - prepared.num_slots * self._placement.local[0]
-            own = (rows >= 0) & (rows < prepared.num_slots * len(self._placement.local))
+            here = (rows >= 0) & (rows < prepared.num_slots * len(self._placement.local))
             shape = (len(self._placement.local), prepared.num_slots)
-            states = self._client_states.gather(prepared.clients[own], rows[own], shape)
+            states = self._client_states.gather(prepared.clients[here], rows[here], shape)
             states = self._placement.split(states)
         arguments = (header, self._root, prepared.by_device, prepared.examples, states, notes)
         output, noted = self._call(state, frozen, *arguments)
         if self._client_states is not None and output.client_states is not None:
-            new_states = self._placement.own_rows(output.client_states)
-            self._client_states.scatter(prepared.clients[own], rows[own], new_states)
-        if hasattr(output.state, "frozen"):  # An evaluation's has none.
+            new_states = self._placement.local_rows(output.client_states)
+            self._client_states.scatter(prepared.clients[here], rows[here], new_states)
+        if output.client_states is not None:
+            output = output._replace(client_states=None)
+        if frozen is not None and hasattr(output.state, "frozen"):  # An evaluation's has none.
             output = output._replace(state=output.state._replace(frozen=frozen))
-        return output._replace(client_states=None), noted
+        return output, noted
 
     def _call(self, *args: PyTree) -> tuple[RoundOutput, jax.Array | None]:
-        before, start = self.compilations, time.perf_counter()
-        with self._compilations.counted():
+        compilations = self._compilations
+        before, start = compilations.count, time.perf_counter()
+        with compilations.counted():
             output = self._program(*args)
-        if self.compilations > before and time.perf_counter() - start > _LONG_COMPILATION:
+        if compilations.count > before and time.perf_counter() - start > _LONG_COMPILATION:
             release_memory()
         return output
 
     def _traced(self, *args: PyTree) -> tuple[RoundOutput, jax.Array | None]:
         output, noted = self._body(*args)
-        kept = (output.state, dict(output.metrics), dict(output.per_client), noted)
+        metrics, per_client = map(PackedMapping.of, (output.metrics, output.per_client))
+        kept = (output.state, metrics, per_client, noted)
         state, metrics, per_client, noted = self._placement.keep_replicated(kept)
         client_states = self._placement.keep_split(output.client_states)
         return RoundOutput(state, metrics, per_client, client_states), noted
@@ -209,12 +216,13 @@ class ForEachClient:
             key=jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))(parent, clients.index),
         )
         run_clients = self._strategy.run_clients
-        total, each = self._strategy.placement.run(
+        placement = self._strategy.placement
+        total, each = placement.run(
             lambda shared, part: run_clients(work, shared, part, batch_sizes),
             shared,
             DeviceWork(inputs.schedule, self._examples[self._preparer.split_of(pass_)], clients),
         )
-        return total, _flat(each)
+        return total, _flat(_gathered(placement, each))
 
 
 def first_state(init: Callable[..., PyTree], *args: PyTree) -> PyTree:
@@ -227,6 +235,20 @@ def first_state(init: Callable[..., PyTree], *args: PyTree) -> PyTree:
         return jax.lax.convert_element_type(leaf, dtype)
 
     return run_once(lambda *args: jax.tree.map(strong, init(*args)), *args)
+
+
+def _gathered(placement: Placement, each: PyTree) -> PyTree:
+    """Puts numbers of clients, (D, S) arrays, on all devices: one collective, instead of one for each."""
+    if placement.num_devices == 1:
+        return each
+    leaves, structure = jax.tree.flatten(each)
+    for dtype in dict.fromkeys(leaf.dtype for leaf in leaves):
+        group = [i for i, leaf in enumerate(leaves) if leaf.ndim == 2 and leaf.dtype == dtype]
+        if group:
+            numbers = placement.keep_replicated(jnp.stack([leaves[i] for i in group]))
+            for i, leaf in zip(group, numbers, strict=True):
+                leaves[i] = leaf
+    return structure.unflatten(leaves)
 
 
 def _flat(tree: PyTree) -> PyTree:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from numpy.typing import DTypeLike
 
 from fedexp.contracts import TRAIN, Pass
 from fedexp.data import ClientBatching, Sample
@@ -111,6 +112,8 @@ class Preparer:
         self._stream = stream
         self.lanes = strategy.num_lanes(cohort_size)
         devices = data.placement.num_devices
+        processes = data.placement.processes
+        self._devices = [np.flatnonzero(processes == process) for process in np.unique(processes)]
         self.slots = cohort_size
         if devices > 1:
             self.slots = min(cohort_size, math.ceil(1.5 * cohort_size / devices) + 2)
@@ -146,42 +149,48 @@ class Preparer:
         members = [np.flatnonzero(device_of == device) for device in placement.local]
         examples, firsts = self._examples(clients, members, device_of)
 
-        def by_slot(values: np.ndarray, padding: int = 0) -> np.ndarray:
-            dtype = values.dtype if values.dtype in (np.float32, np.bool_) else np.int32
-            slots = np.full((num_slots, *values.shape[1:]), padding, dtype)
+        def by_slot(values: np.ndarray, dtype: DTypeLike = np.int32) -> np.ndarray:
+            slots = np.zeros((num_slots, *values.shape[1:]), dtype)
             slots[: len(values)] = values
             return slots
 
         passes: list[dict[str, PassInputs]] = [{} for _ in members]
-        real = computed = 0
+        num_examples = real = computed = 0
         for number, (name, plan) in enumerate(self._passes.items()):
             sizes, steps = plan.sizes[clients], plan.num_steps[clients]
+            examples_of = plan.num_examples[clients]
+            num_examples += int(examples_of.sum())
             if name != self._first:
                 lane_of, start_of = self._lanes_within(device_of, steps)
             # Every process computes the shapes of all devices, because all compile the same program.
             num_steps = _bucket(int((start_of + steps).max(initial=0)), plan.capacity)
-            for own, device_passes in zip(members, passes, strict=True):
+            for on_device, device_passes in zip(members, passes, strict=True):
                 schedule = schedule_lib.pack(
-                    self._order(round_, number, plan, clients[own], firsts[plan.split][own]),
-                    steps[own],
-                    lane_of[own],
-                    start_of[own],
+                    self._order(
+                        round_, number, plan, clients[on_device], firsts[plan.split][on_device]
+                    ),
+                    steps[on_device],
+                    lane_of[on_device],
+                    start_of[on_device],
                     lanes=self.lanes,
                     slots=num_slots,
                     steps=num_steps,
                     batch_sizes=plan.batch_sizes,
                 )
-                device_passes[name] = PassInputs(by_slot(sizes[own]), by_slot(steps[own]), schedule)
-                real += int((schedule.rows >= 0).sum())
+                device_passes[name] = PassInputs(
+                    by_slot(sizes[on_device]), by_slot(steps[on_device]), schedule
+                )
+                real += int(examples_of[on_device].sum())
                 widths = schedule.widths[: schedule.bounds[schedule.num_segments]]
                 computed += self.lanes * int(np.take(plan.batch_sizes, widths).sum())
+        inputs = {name: _as_sent(values) for name, values in sample.inputs.items()}
         by_device = [
             DeviceInputs(
-                by_slot(clients[own], -1),
-                {name: by_slot(np.asarray(values)[own]) for name, values in sample.inputs.items()},
+                by_slot(clients[on_device] + 1) - 1,  # -1 where there is none.
+                {name: by_slot(values[on_device], values.dtype) for name, values in inputs.items()},
                 device_passes,
             )
-            for own, device_passes in zip(members, passes, strict=True)
+            for on_device, device_passes in zip(members, passes, strict=True)
         ]
         return PreparedRound(
             round=round_,
@@ -190,7 +199,7 @@ class Preparer:
             num_slots=num_slots,
             by_device=placement.arguments(PackedTree.of(by_device)),
             examples=examples,
-            num_examples=sum(int(p.num_examples[clients].sum()) for p in self._passes.values()),
+            num_examples=num_examples,
             utilisation=real / max(computed, 1),
             infos=sample.infos,
         )
@@ -226,15 +235,15 @@ class Preparer:
             firsts[name] = np.zeros(len(clients), np.int64)
             if split.resident is not None:
                 examples[name] = split.resident
-                for own in members:
-                    firsts[name][own] = split.resident_rows(clients[own])
+                for on_device in members:
+                    firsts[name][on_device] = split.resident_rows(clients[on_device])
                 continue
             sizes = sizes[clients]
             num_rows = np.bincount(device_of, weights=sizes).max(initial=0)
-            shares = [(clients[own], sizes[own]) for own in members]
+            shares = [(clients[on_device], sizes[on_device]) for on_device in members]
             examples[name] = split.gather(shares, _bucket(int(num_rows), capacity))
-            for own in members:
-                firsts[name][own] = np.cumsum(sizes[own]) - sizes[own]
+            for on_device in members:
+                firsts[name][on_device] = np.cumsum(sizes[on_device]) - sizes[on_device]
         return examples, firsts
 
     def _order(
@@ -242,8 +251,11 @@ class Preparer:
     ) -> np.ndarray:
         sizes = plan.sizes[clients]
         ran = np.flatnonzero(sizes)
-        stream = [int(self._stream[0]), self._seed, self._stream[1], round_]
-        seeds = [[*stream, client, number] for client in clients[ran].tolist()]
+        seeds: Sequence[np.ndarray] = ()
+        if plan.batching.shuffle:
+            stream = _words(int(self._stream[0]), self._seed, self._stream[1], round_, 0, number)
+            seeds = np.repeat(stream[None], len(ran), axis=0)
+            seeds[:, -2] = clients[ran]
         return plan.batching.order(sizes[ran], firsts[ran], seeds)
 
     def _assign(self, clients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -254,12 +266,13 @@ class Preparer:
         """
         steps = self._passes[self._first].num_steps[clients]
         lane_of, start_of = np.zeros((2, len(clients)), np.int64)
-        owner, processes = self._data.owner(clients), self._data.placement.processes
-        for number, process in enumerate(np.unique(processes)):
-            own = np.flatnonzero(owner == number)
-            devices = np.flatnonzero(processes == process)
-            lanes, start_of[own] = schedule_lib.assign(steps[own], self.lanes * len(devices))
-            lane_of[own] = lanes + self.lanes * devices[0]
+        owner = self._data.owner(clients)
+        for number, devices in enumerate(self._devices):
+            of_process = np.flatnonzero(owner == number)
+            lanes, start_of[of_process] = schedule_lib.assign(
+                steps[of_process], self.lanes * len(devices)
+            )
+            lane_of[of_process] = lanes + self.lanes * devices[0]
         return lane_of, start_of
 
     def _lanes_within(
@@ -268,8 +281,10 @@ class Preparer:
         """Lanes and first steps for another pass; clients stay on their devices."""
         lane_of, start_of = np.zeros((2, len(steps)), np.int64)
         for device in np.unique(device_of):
-            own = np.flatnonzero(device_of == device)
-            lane_of[own], start_of[own] = schedule_lib.assign(steps[own], self.lanes)
+            on_device = np.flatnonzero(device_of == device)
+            lane_of[on_device], start_of[on_device] = schedule_lib.assign(
+                steps[on_device], self.lanes
+            )
         return lane_of, start_of
 
 
@@ -306,6 +321,22 @@ def _bucket(count: int, capacity: int) -> int:
     while capacity < count:
         capacity *= 2
     return capacity
+
+
+def _as_sent(values: np.ndarray) -> np.ndarray:
+    """Float32, bool or int32, whatever integers they are."""
+    values = np.asarray(values)
+    return values if values.dtype in (np.float32, np.bool_) else values.astype(np.int32)
+
+
+def _words(*numbers: int) -> np.ndarray:
+    """What NumPy's `SeedSequence` makes of numbers, which it is given in two thirds of the time; uint32."""
+    words = []
+    for number in numbers:
+        words.append(number & 0xFFFFFFFF)
+        while number := number >> 32:
+            words.append(number & 0xFFFFFFFF)
+    return np.array(words, np.uint32)
 
 
 def _count_before(values: np.ndarray) -> np.ndarray:

@@ -77,7 +77,9 @@ def pack(
     widths = np.searchsorted(batch_sizes, fullest).astype(np.int32)
 
     ran = lengths > 0
-    edges = np.unique(np.concatenate([[0], end_of]))
+    is_edge = np.bincount(end_of, minlength=1)
+    is_edge[0] = 1
+    edges = np.flatnonzero(is_edge)
     num_segments = len(edges) - 1
     bounds = np.full(slots + 1, edges[-1], np.int32)
     bounds[: len(edges)] = edges

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import gin
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fedexp import config, paths, progress, runtime
@@ -77,6 +78,9 @@ class Observer:
     def evaluation(self, report: EvaluationReport) -> None:
         """Evaluations are done."""
 
+    def flush(self) -> None:
+        """A checkpoint is about to be made: nothing that was told may be lost from here on."""
+
     def close(self) -> None:
         """The run ends, in whatever way."""
 
@@ -124,6 +128,10 @@ class TensorBoard(Observer):
                 names = self._task.class_names or [str(i) for i in range(len(result.confusion))]
                 image = confusion_image(result.confusion, names)
                 self._writer.image(report.number, f"{group}/confusion", image)
+
+    def flush(self) -> None:
+        if self._writer:
+            self._writer.flush()
 
     def close(self) -> None:
         if self._writer:
@@ -317,12 +325,25 @@ class Reports:
         self._clock = time.perf_counter()
         return numbers
 
+    def before_checkpoint(self, round_: Round) -> None:
+        """Gets everything ready for a checkpoint of a round that has been caught up with.
+
+        Raises:
+          UserError: a parameter is not finite, and would be saved.
+        """
+        for path, finite in jax.tree_util.tree_leaves_with_path(_finite(round_.params)):
+            if not finite:
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                raise _diverged(round_.number, f"the parameter {name}", "not finite", self._workdir)
+        for observer in self._observers:
+            observer.flush()
+
     def finish(self, history: Sequence[Mapping[str, float]]) -> None:
         """Writes `final.json` once all rounds are done, if there is news."""
         if self._workdir is None or not runtime.is_first():
             return
         path = os.path.join(self._workdir, "final.json")
-        if not self._round_seconds and paths.exists(path):
+        if not self._round_seconds and paths.exists(path) and paths.read_text(path).strip():
             return
         final = {
             "rounds": self._session.setup.num_rounds,
@@ -354,11 +375,21 @@ def _check_finite(
 ) -> None:
     culprit = np.asarray(value)[~np.isfinite(value)]
     if len(culprit.flat):
-        raise UserError(
-            f"round {done}: {name} is {culprit.flat[0]}. The run diverged: lower a learning rate or clip "
-            "the client updates; the strategy @debug() names the client and the step."
-            + (f" The checkpoints in {workdir} are from before." if workdir else "")
-        )
+        raise _diverged(done, name, str(culprit.flat[0]), workdir)
+
+
+def _diverged(done: int, name: str, what: str, workdir: str | os.PathLike | None) -> UserError:
+    return UserError(
+        f"round {done}: {name} is {what}. The run diverged: lower a learning rate or clip the client "
+        "updates; the strategy @debug() names the client and the step."
+        + (f" The checkpoints in {workdir} are from before." if workdir else "")
+    )
+
+
+@jax.jit
+def _finite(params: PyTree) -> PyTree:
+    """Of every array, whether all of it is finite."""
+    return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), params)
 
 
 def _spread(per_client: Mapping[str, np.ndarray]) -> dict[str, float]:

@@ -128,6 +128,7 @@ class Experiment(Setup):
                 stopped_by = (stop() if jax.process_count() == 1 else reports.note) or None
                 if save or stopped_by:
                     reports.catch_up()
+                    reports.before_checkpoint(round_)
                     saver.save(Saved(done, round_.state, history, best), measured)
                 if stopped_by:
                     reports.say(f"stopped after round {done}; the same command goes on from there")

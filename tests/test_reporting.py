@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 
+import jax
 import numpy as np
 import optax
 import pytest
 
 from fedexp import config, runtime
 from fedexp.algorithms import fedavg
+from fedexp.checkpointing import Checkpointer, CheckpointPlan
 from fedexp.data import Sample, Sampler, uniform
 from fedexp.errors import UserError
 from fedexp.evaluation import Evaluate
@@ -138,3 +140,64 @@ def test_a_gin_file_chooses_the_observers(tmp_path):
     result = Experiment().run(tmp_path)
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 12 + len(result.history)
     assert sorted(tensors(tmp_path)["test/loss"]) == [row["round"] for row in result.history]
+
+
+def test_what_a_checkpoint_covers_is_flushed_before_it(tmp_path):
+    """TensorBoard has every round up to a checkpoint whose run dies right after it."""
+
+    class Dying(Observer):
+        def round(self, report):
+            if report.number == 7:
+                raise SystemExit
+
+        def evaluation(self, report):
+            assert report.number < 7
+
+    class Late(TensorBoard):
+        """Its background thread never comes to write."""
+
+        def begin(self, session, workdir, done):
+            super().begin(session, workdir, done)
+            self._writer._closed.set()
+            self._writer._thread.join()
+            self._writer._closed.clear()
+
+        def close(self):
+            pass
+
+    checkpoints = CheckpointPlan(every=3)
+    with pytest.raises(SystemExit):
+        run(tmp_path, 10, observers=[Late(), Dying()], checkpoints=checkpoints)
+    assert sorted(tensors(tmp_path)["train/loss"]) == [1, 2, 3, 4, 5, 6]
+
+
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
+    """Their loss is still finite: it was measured before the step that broke them."""
+
+    overflow = optax.GradientTransformation(
+        lambda params: optax.EmptyState(),
+        lambda updates, state, params=None: (jax.tree.map(lambda u: u * np.inf, updates), state),
+    )
+    algorithm = fedavg(linear.task(), optax.sgd(0.05), overflow)
+    experiment = Experiment(
+        linear.splits(),
+        linear.task(),
+        algorithm,
+        1,
+        uniform(3),
+        evaluations=[],
+        observers=[],
+        checkpoints=CheckpointPlan(every=1, best_metric=None),
+    )
+    with pytest.raises(UserError, match=r"round 1: the parameter [bw] is not finite"):
+        experiment.run(tmp_path)
+    checkpointer = Checkpointer(tmp_path / "checkpoints")
+    assert checkpointer.latest() is None
+    checkpointer.close()
+
+
+def test_an_emptied_result_is_written_again(tmp_path):
+    first = run(tmp_path, observers=[])
+    (tmp_path / "final.json").write_text("")
+    run(tmp_path, observers=[])
+    assert json.loads((tmp_path / "final.json").read_text())["history"] == first.history

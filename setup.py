@@ -58,5 +58,5 @@ setup(
         # basedpyright brings its own Node.js; plain pyright downloads one when it is first called.
         "dev": [*TEST, "basedpyright", "ruff"],
     },
-    entry_points={"console_scripts": ["fedexp = fedexp.main:run"]},
+    entry_points={"console_scripts": ["fedexp = fedexp.__main__:run"]},
 )

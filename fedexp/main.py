@@ -74,10 +74,5 @@ def _without_gin_frames(message: str) -> str:
     return "\n".join(line for line in lines if not line.startswith("  In call to configurable"))
 
 
-def run() -> None:
-    """The `fedexp` command."""
-    app.run(main)
-
-
 if __name__ == "__main__":
-    run()
+    app.run(main)

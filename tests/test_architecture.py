@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fedexp"
 # A room may import from those after its own floor: nothing upwards, and nothing sideways.
 FLOORS = [
+    {"__main__"},
     {"main"},
     {"trainer"},
     {"reporting"},

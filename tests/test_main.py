@@ -42,6 +42,21 @@ def test_help_names_the_flags_and_imports_neither_jax_nor_gin():
     assert loaded.stdout.strip() == "set()", loaded.stderr
 
 
+def command(*arguments, cwd=REPOSITORY):
+    """The same by the command that is installed."""
+    script = Path(sys.executable).parent / "fedexp"
+    return subprocess.run([script, *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+def test_the_installed_command_is_the_same():
+    for flag in ("--gin_file", "--gin_param", "--workdir"):
+        assert flag in command("--help").stdout
+    # Its modules are found in the current folder, as with -m.
+    example = REPOSITORY / "docs" / "examples"
+    done = command("--gin_file=my_experiment.gin", "--gin_param=train.num_rounds = 1", cwd=example)
+    assert done.returncode == 0, done.stderr
+
+
 def test_without_a_gin_file_the_shipped_ones_are_listed():
     assert "emnist_fedadam.gin" in refusal()
 

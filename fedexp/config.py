@@ -229,11 +229,23 @@ def _suggestion(message: str) -> str:
         r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", message
     ):
         configurable = gin_config._REGISTRY.get_match(found[1])
-        return _near(found[2], inspect.signature(configurable.wrapped).parameters)
+        known = inspect.signature(configurable.wrapped).parameters
+        return _near(found[2], known) or _elsewhere(found[2])
     if found := re.search(r"No bindings specified for '([\w/]+)/gin.macro'", message):
         macros = [scope for scope, selector in gin_config._CONFIG if selector == "gin.macro"]
         return _near(found[1], macros)
     return ""
+
+
+def _elsewhere(parameter: str) -> str:
+    """Names the one other configurable of fedexp that has a parameter of this name, if there is one."""
+    owners = {
+        configurable.name
+        for selector, configurable in gin_config._REGISTRY.items()
+        if selector.startswith("fedexp.")
+        and parameter in inspect.signature(configurable.wrapped).parameters
+    }
+    return f" Did you mean '{owners.pop()}.{parameter}'?" if len(owners) == 1 else ""
 
 
 def _near(name: str, known: Iterable[str]) -> str:

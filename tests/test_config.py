@@ -31,6 +31,7 @@ def fresh_gin():
         ("train.task = %taks", "'taks/gin.macro'"),
         ("clinet/sgd.learning_rate = 1", "scope of clinet/sgd.*Did you mean 'client'"),
         ("train.seed = = 1", "malformed|parse|invalid|Unable"),
+        ("mesh.lanes = 4", "parameter named 'lanes'.*Did you mean 'Packing.lanes'"),
         ("import no_such_module", "No module named 'no_such_module'"),
     ],
 )

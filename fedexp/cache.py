@@ -47,3 +47,27 @@ def lock(path: Path) -> Iterator[None]:
         yield
     finally:
         file_lock.release()
+
+
+@contextlib.contextmanager
+def sole_use(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Holds a folder of this machine against other processes, without waiting for them.
+
+    A process may hold it several times over. That of a killed process is free at once; where the file system
+    knows no locks, nobody is kept out.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    held = filelock.FileLock(os.path.join(folder, ".lock"), is_singleton=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            held.acquire(timeout=0)
+            stack.callback(held.release)
+        except filelock.Timeout as error:
+            raise UserError(
+                f"another run is under way in {folder}; wait for its end, or choose another folder"
+            ) from error
+        except (OSError, NotImplementedError):
+            logging.warning("cannot lock %s: start no other run there", folder)
+        yield

@@ -5,6 +5,7 @@ python -m fedexp.main --gin_file=emnist_fedadam.gin --workdir=runs/fedadam --gin
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -47,9 +48,11 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"--gin_file is missing; fedexp ships {config.shipped_names()}")
         config.load(_GIN_FILES.value, _GIN_PARAMS.value)
         runtime.start()
-        if _WORKDIR.value:
-            config.prepare_workdir(_WORKDIR.value, write=runtime.is_first())
-        result = trainer.Experiment().run(_WORKDIR.value, overrides=_GIN_PARAMS.value)
+        with contextlib.ExitStack() as stack:
+            if _WORKDIR.value:
+                stack.enter_context(trainer.using(_WORKDIR.value))
+                config.prepare_workdir(_WORKDIR.value, write=runtime.is_first())
+            result = trainer.Experiment().run(_WORKDIR.value, overrides=_GIN_PARAMS.value)
     except UserError as error:
         runtime.exit_process(f"error: {_without_gin_frames(str(error))}", code=2)
     if runtime.is_first():

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import gin
 import jax
 
-from fedexp import algorithms, config, models, profiling, runtime  # noqa: F401  For Gin's names.
+from fedexp import algorithms, cache, config, models, paths, profiling, runtime  # noqa: F401  For Gin's names.
 from fedexp.checkpointing import CheckpointPlan, Saved, Saver, import_ahead
+from fedexp.errors import UserError
 from fedexp.evaluation import Evaluation
 from fedexp.reporting import Observer, Progress, Reports, TensorBoard
 from fedexp.session import Round, Session, Setup, row
@@ -36,6 +37,17 @@ class TrainResult(NamedTuple):
     history: list[dict[str, float]]
     rounds: int
     stopped_by: int | None
+
+
+def using(workdir: str | os.PathLike) -> contextlib.AbstractContextManager[None]:
+    """Keeps other runs out of a workdir of this machine; of several processes the first one does."""
+    if paths.is_remote(workdir) or not runtime.is_first():
+        return contextlib.nullcontext()
+    try:
+        os.makedirs(workdir, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
+    return cache.sole_use(workdir)
 
 
 @gin.configurable("train")
@@ -93,6 +105,8 @@ class Experiment(Setup):
         plan = self._checkpoint_plan(session)
         config.check_overrides_used(overrides)
         with contextlib.ExitStack() as stack:
+            if workdir is not None:
+                stack.enter_context(using(workdir))
             fingerprints = {name: part.fingerprint() for name, part in session.splits.items()}
             saver = Saver(workdir, plan, session.engine.client_states, fingerprints)
             stack.callback(saver.close)

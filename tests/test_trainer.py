@@ -574,3 +574,27 @@ def test_real_digits_by_real_writers():
     finally:
         gin.clear_config()
     assert result.metrics["test/accuracy"] > 0.8
+
+
+@pytest.mark.slow
+def test_two_runs_in_one_workdir_are_kept_apart(tmp_path):
+    first = start(tmp_path, "train.num_rounds = 100000", "CheckpointPlan.every = 50")
+    try:
+        wait_for_round(first, tmp_path, 50)
+        second = start(tmp_path, "train.num_rounds = 100000", "CheckpointPlan.every = 50")
+        _, errors = second.communicate(timeout=120)
+        assert second.returncode == 2
+        assert errors.strip().splitlines()[-1].startswith("error: another run is under way in ")
+        with pytest.raises(UserError, match="another run is under way"):
+            run(tmp_path)
+    finally:
+        first.kill()
+        first.communicate()
+    # A killed run's folder is free at once.
+    latest = max(int(folder.name) for folder in (tmp_path / "checkpoints").glob("[0-9]*[0-9]"))
+    third = start(tmp_path, "train.num_rounds = 100000", "CheckpointPlan.every = 50")
+    try:
+        wait_for_round(third, tmp_path, latest + 50)
+    finally:
+        third.kill()
+        third.communicate()

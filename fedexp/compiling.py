@@ -7,7 +7,7 @@ import ctypes
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -54,15 +54,16 @@ class Compilations:
     def __init__(self) -> None:
         self.count = 0
 
-    @contextlib.contextmanager
-    def counted(self) -> Iterator[None]:
-        """Counts what this thread has compiled meanwhile."""
+    def counted(self) -> Compilations:
+        """Counts what this thread has compiled meanwhile; a context manager."""
         _listen()
+        return self
+
+    def __enter__(self) -> None:  # No generator: every round is counted.
         _counting.active = self
-        try:
-            yield
-        finally:
-            _counting.active = None
+
+    def __exit__(self, *exc_info: object) -> None:
+        _counting.active = None
 
 
 _counting = threading.local()
@@ -70,8 +71,8 @@ _counting = threading.local()
 
 @functools.cache
 def _listen() -> None:
-    def note(event: str, duration: float, **_: Any) -> None:
-        del duration
+    def note(event: str, duration_secs: float, **_: Any) -> None:
+        del duration_secs
         active = getattr(_counting, "active", None)
         if event == _COMPILED and active is not None:
             active.count += 1

@@ -276,16 +276,17 @@ class Reports:
         metrics, per_client = round_.metrics, round_.per_client
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        for name, value in round_.measured().items():
-            _check_finite(round_.number, name, value, self._workdir)
+        if not round_.is_finite():
+            for name, value in round_.measured().items():
+                _check_finite(round_.number, name, value, self._workdir)
         self._round_seconds.append(seconds)
         prepared = round_.prepared
         assert prepared is not None  # Only rounds that have been sent are expected.
         self._utilisation.append(prepared.utilisation)
         self._last = RoundReport(
             round_.number,
-            {name: float(value) for name, value in metrics.items() if np.ndim(value) == 0},
-            {name: np.asarray(value) for name, value in metrics.items() if np.ndim(value)},
+            {name: value for name, value in metrics.items() if isinstance(value, float)},
+            {name: value for name, value in metrics.items() if isinstance(value, np.ndarray)},
             per_client,
             {
                 "perf/round_seconds": seconds,

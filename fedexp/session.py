@@ -94,14 +94,19 @@ class Round:
         return self.state.params
 
     @functools.cached_property
+    def _fetched(self) -> tuple[Any, Any]:
+        return jax.device_get(self._output[:2])
+
+    @functools.cached_property
     def _measured(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Metrics of the round and of its clients as the devices have them; waits for them."""
-        metrics, per_client = map(dict, jax.device_get(self._output[:2]))
+        metrics, per_client = map(dict, self._fetched)
         slots = self.prepared.slots if self.prepared else []
-        return metrics, {
-            name: jax.tree.map(lambda leaf: leaf[slots], value)
-            for name, value in per_client.items()
-        }
+        return metrics, jax.tree.map(lambda leaf: leaf[slots], per_client)
+
+    def is_finite(self) -> bool:
+        """Whether all that is measured is finite, even in slots that are no clients; waits for the round."""
+        return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(self._fetched))
 
     def measured(self) -> dict[str, np.ndarray]:
         """Name -> number or array that must be finite; waits for the round."""
@@ -253,7 +258,7 @@ class Session:
 
 def _means(measure: Measure) -> np.ndarray:
     values, weights = measure
-    return np.divide(values, weights, out=np.full(np.shape(values), np.nan), where=weights > 0)
+    return np.asarray(values) / np.where(weights > 0, weights, np.nan)
 
 
 def row(results: Mapping[str, Evaluation]) -> dict[str, float]:

@@ -59,32 +59,32 @@ class PackedMapping(Mapping[str, Any]):
 
     Attributes:
       flat: dtype -> (n,) arrays of it, side by side.
-      layout: shape and dtype of every array, and the structure of the whole.
+      layout: of every array its dtype, begin, end and shape; and the structure of the whole.
     """
 
     flat: dict[str, jax.Array]
-    layout: Layout
+    layout: tuple[tuple[tuple[str, int, int, tuple[int, ...]], ...], Any]
 
     @classmethod
     def of(cls, mapping: Mapping[str, PyTree]) -> PackedMapping:
         """Packs arrays and numbers of any dtypes."""
         leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, dict(mapping)))
         parts: dict[str, list[jax.Array]] = {}
+        places, ends = [], dict.fromkeys([str(leaf.dtype) for leaf in leaves], 0)
         for leaf in leaves:
-            parts.setdefault(str(leaf.dtype), []).append(leaf.ravel())
+            dtype = str(leaf.dtype)
+            parts.setdefault(dtype, []).append(leaf.ravel())
+            places.append((dtype, ends[dtype], ends[dtype] + leaf.size, leaf.shape))
+            ends[dtype] += leaf.size
         flat = {dtype: jnp.concatenate(arrays) for dtype, arrays in parts.items()}
-        return cls(flat, (tuple((leaf.shape, leaf.dtype) for leaf in leaves), structure))
+        return cls(flat, (tuple(places), structure))
 
     @functools.cached_property
     def _unpacked(self) -> dict[str, PyTree]:
-        shapes, structure = self.layout
-        taken = dict.fromkeys(self.flat, 0)
-        leaves = []
-        for shape, dtype in shapes:
-            name, size = str(dtype), math.prod(shape)
-            leaves.append(self.flat[name][taken[name] : taken[name] + size].reshape(shape))
-            taken[name] += size
-        return structure.unflatten(leaves)
+        places, structure = self.layout
+        return structure.unflatten(
+            self.flat[dtype][begin:end].reshape(shape) for dtype, begin, end, shape in places
+        )
 
     def __getitem__(self, name: str) -> PyTree:
         return self._unpacked[name]

@@ -138,6 +138,8 @@ def leaving_a_broken_group() -> Iterator[None]:
 def is_about_others(error: BaseException | None) -> bool:
     """Whether an error tells of another process, rather than of this one's own memory or program."""
     while error is not None:
+        if any(sign in str(error).lower() for sign in ("resource_exhausted", "out of memory")):
+            return False  # Also where a library of communication says so.
         if any(sign in str(error) for sign in _SIGNS_OF_A_LOST_PROCESS):
             return True
         error = error.__cause__ or error.__context__

@@ -232,3 +232,11 @@ def test_what_the_sampler_says_of_a_client_reaches_it(strategy):
     assert round_.per_client["domain"].tolist() == [1, 4, 6]
     assert round_.per_client["pair"].tolist() == [[1, -1], [4, -4], [6, -6]]
     assert round_.per_client["fast"].tolist() == [False, True, True]
+
+
+def test_a_key_in_a_clients_state_is_refused_in_words():
+    algorithm = dataclasses.replace(
+        fedavg(TASK, optax.sgd(0.1), optax.sgd(1.0)), init_client=lambda params: jax.random.key(0)
+    )
+    with pytest.raises(UserError, match="a client's state holds a PRNG key"):
+        run(algorithm)

@@ -115,6 +115,9 @@ def test_compiled_programs_are_not_kept_if_told_so_or_impossible(
 OUT_OF_MEMORY = jax.errors.JaxRuntimeError(
     "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 68719476736 bytes."
 )
+OUT_OF_MEMORY_IN_NCCL = jax.errors.JaxRuntimeError(
+    "INTERNAL: NCCL operation ncclCommInitRank failed: unhandled cuda error: out of memory"
+)
 LOST = [
     "UNKNOWN: Gloo all-reduce failed: [external/gloo/gloo/transport/tcp/pair.cc:547] "
     "Connection closed by peer [127.0.0.1]:47211",
@@ -134,7 +137,7 @@ def end(error: Exception, monkeypatch, capsys) -> tuple[int, str]:
     return ended.value.code, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error", [OUT_OF_MEMORY, ValueError("boom")])
+@pytest.mark.parametrize("error", [OUT_OF_MEMORY, OUT_OF_MEMORY_IN_NCCL, ValueError("boom")])
 def test_what_is_no_fault_of_others_is_told_with_its_traceback(error, monkeypatch, capsys):
     assert not runtime.is_about_others(error)
     code, errors = end(error, monkeypatch, capsys)

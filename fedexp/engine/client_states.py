@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+
+from fedexp.errors import UserError
 
 PyTree = Any
 
@@ -21,6 +24,12 @@ class ClientStates:
 
     def __init__(self, first: PyTree, clients: range):
         self._clients = clients
+        for leaf in jax.tree.leaves(first):
+            if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+                raise UserError(
+                    "a client's state holds a PRNG key; keep its jax.random.key_data, or draw from the "
+                    "key that a client is given in every round"
+                )
         leaves, self._treedef = jax.tree.flatten(jax.device_get(first))
         self._first = [np.asarray(leaf) for leaf in leaves]
         self._rows: dict[int, list[np.ndarray]] = {}

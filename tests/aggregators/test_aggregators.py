@@ -66,7 +66,11 @@ def test_clip_by_norm_scales_longer_updates_down(strategy):
 
 @pytest.mark.parametrize(
     ("strategy", "cohort"),
-    [("debug", COHORT), ("three lanes", (0, 2, 3)), *(("one lane", c) for c in [(0,), (0, 3), range(7)])],
+    [
+        ("debug", COHORT),
+        ("three lanes", (0, 2, 3)),
+        *(("one lane", c) for c in [(0,), (0, 3), range(7)]),
+    ],
 )
 def test_coordinate_median_equals_numpy(strategy, cohort):
     moved, _, _ = one_round(coordinate_median(), STRATEGIES[strategy](), tuple(cohort))

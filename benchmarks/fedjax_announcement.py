@@ -274,7 +274,7 @@ def measure(strategy: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "whole": whole,
         "data": {
             name: {"clients": part.num_clients, "examples": part.num_examples}
-            for name, part in dataset._asdict().items()
+            for name, part in dataset.present().items()
         },
     }
 
@@ -294,25 +294,26 @@ def left_out(
 
 def _train(parts: dict[str, Any], **changes: Any) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Runs the experiment with changes; returns its scalars, tag -> values by round, and its timings."""
-    from fedexp.trainer import train
+    from fedexp.reporting import TensorBoard
+    from fedexp.trainer import Experiment
 
     with tempfile.TemporaryDirectory() as folder:
-        train(**parts | changes, workdir=folder, quiet=True)
+        Experiment(**parts | {"observers": [TensorBoard()]} | changes).run(folder)
         final = json.loads(Path(folder, "final.json").read_text())
         return scalars(folder), final["perf"]
 
 
 def time_rounds(experiment, dataset: FederatedSplits, size: int, rounds: int) -> dict[str, Any]:
     """Times `rounds` rounds after a first one, which compiles."""
+    from fedexp.checkpointing import CheckpointPlan
     from fedexp.data import uniform
-    from fedexp.evaluation import EvaluationPlan
-    from fedexp.trainer import CheckpointPlan
+    from fedexp.evaluation import Evaluate
 
     values, perf = experiment(
         dataset=dataset._replace(test=dataset.test.select_clients([0])),
         sampler=uniform(size),
         num_rounds=1 + rounds,
-        evaluation=EvaluationPlan(every=0),
+        evaluations=[Evaluate(every=0)],
         checkpoints=CheckpointPlan(every=0, best_metric=None),
     )
     first, *seconds = values["perf/round_seconds"].tolist()
@@ -329,16 +330,16 @@ def time_evaluation(
     experiment, dataset: FederatedSplits, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """Times evaluations of the test clients, or of so many as have the examples to time."""
+    from fedexp.checkpointing import CheckpointPlan
     from fedexp.data import uniform
-    from fedexp.evaluation import EvaluationPlan
-    from fedexp.trainer import CheckpointPlan
+    from fedexp.evaluation import Evaluate
 
     test = first_clients(dataset.test, arguments.evaluation_examples)
     values, _ = experiment(
         dataset=dataset._replace(test=test),
         sampler=uniform(1),
         num_rounds=1 + arguments.rounds,
-        evaluation=EvaluationPlan(every=1, clients=None),
+        evaluations=[Evaluate(every=1)],
         checkpoints=CheckpointPlan(every=0, best_metric=None),
     )
     first, *seconds = values["perf/evaluation_seconds"].tolist()
@@ -376,9 +377,9 @@ def extrapolated(
 
 def time_whole(experiment) -> dict[str, Any]:
     """Runs the experiment to its end: training with the file's checkpoints, and one full evaluation."""
-    from fedexp.evaluation import EvaluationPlan
+    from fedexp.evaluation import Evaluate
 
-    values, perf = experiment(evaluation=EvaluationPlan(every=0))
+    values, perf = experiment(evaluations=[Evaluate(every=0)])
     seconds = perf["total_seconds"]
     return {
         "seconds": dict.fromkeys(("mean", "median", "min", "max"), seconds),

@@ -39,10 +39,10 @@ from benchmarks.peers import workloads
 from benchmarks.peers.protocol import Job
 from fedexp import runtime
 from fedexp.compiling import jit
+from fedexp.contracts import TRAIN
+from fedexp.engine import Engine, PreparedRound
+from fedexp.engine.loop import take_batch
 from fedexp.models import layers
-from fedexp.strategies import Runner
-from fedexp.strategies.engine import take_batch
-from fedexp.strategies.runner import PreparedRound
 from fedexp.tasks import Task, mean_loss
 
 PEERS = Path(__file__).parent / "peers"
@@ -310,7 +310,7 @@ class Subject(NamedTuple):
     job: Job
     task: Task
     params: Any
-    runner: Runner
+    engine: Engine
 
 
 def set_up(name: str, cohort_size: int, num_rounds: int, seed: int) -> Subject:
@@ -330,7 +330,7 @@ def set_up(name: str, cohort_size: int, num_rounds: int, seed: int) -> Subject:
 
 
 class PlainWork(NamedTuple):
-    """The steps of a round, with no clients; see `engine.Schedule` for the leaves."""
+    """The steps of a round, with no clients; see `engine.schedule.Schedule` for the leaves."""
 
     examples: dict[str, jax.Array]
     rows: jax.Array
@@ -339,8 +339,9 @@ class PlainWork(NamedTuple):
 
 
 def plain_work(prepared: PreparedRound) -> PlainWork:
-    schedule = jax.tree.map(lambda leaf: leaf[0], prepared.inputs.by_device.unpack().schedule)
-    examples = {name: array[0] for name, array in prepared.examples.items()}
+    inputs = prepared.by_device.unpack().passes[TRAIN]
+    schedule = jax.tree.map(lambda leaf: leaf[0], inputs.schedule)
+    examples = {name: array[0] for name, array in prepared.examples[TRAIN].items()}
     num_steps = schedule.bounds[schedule.num_segments]
     return PlainWork(examples, schedule.rows[:, 0], schedule.widths, num_steps)
 
@@ -363,7 +364,7 @@ def plain_loop(subject: Subject) -> Callable[[Any, PlainWork], Any]:
                 rows = work.rows[t, :size]
                 return lambda p: step(p, work.examples, rows, jax.random.fold_in(key, t))
 
-            sizes = subject.runner._batch_sizes
+            sizes = subject.engine.preparer.batch_sizes(TRAIN)
             return jax.lax.switch(work.widths[t], [*map(of_size, sizes)], params)
 
         return jax.lax.fori_loop(0, work.num_steps, body, params)
@@ -379,7 +380,7 @@ def step_flops(subject: Subject, work: PlainWork) -> list[int]:
         product_flops(
             jax.make_jaxpr(step)(subject.params, work.examples, work.rows[0, :size], key).jaxpr
         )
-        for size in subject.runner._batch_sizes
+        for size in subject.engine.preparer.batch_sizes(TRAIN)
     ]
 
 
@@ -393,7 +394,7 @@ class Turns:
 
     def __init__(self, subject: Subject):
         self.subject = subject
-        self.state = subject.runner.start(subject.params)
+        self.state = subject.engine.start(subject.params)
         self.plain = plain_loop(subject)
         self.plain_params = jax.tree.map(jnp.array, subject.params)
         self.matrix = jnp.ones((MATRIX_SIZE, MATRIX_SIZE))
@@ -403,7 +404,7 @@ class Turns:
 
     def prepare(self, round_: int) -> PreparedRound:
         cohorts = self.subject.job.cohorts
-        return self.subject.runner.prepare(round_, np.array(cohorts[round_ % len(cohorts)]))
+        return self.subject.engine.prepare(round_, np.array(cohorts[round_ % len(cohorts)]))
 
     def rounds(self, count: int) -> tuple[list[PreparedRound], float, float]:
         """As the trainer runs them, prepared in the background; (them, seconds, CPU seconds)."""
@@ -414,9 +415,9 @@ class Turns:
             done.append(self.upcoming.result())
             self.number += 1
             self.upcoming = self.pool.submit(self.prepare, self.number)
-            output = self.subject.runner.run(self.state, done[-1])
+            output = self.subject.engine.run(self.state, done[-1])
             jax.device_get(metrics)  # Those of the round before.
-            self.state, metrics = output.server_state, output.metrics
+            self.state, metrics = output.state, (output.metrics, output.per_client)
         jax.device_get(metrics)
         jax.block_until_ready(self.state)
         self.upcoming.result()
@@ -473,7 +474,7 @@ def take_turns(turns: Turns, repetitions: int, turn_seconds: float) -> Report:
             found[name].append(float(value))
     return {
         "rounds_a_turn": count,
-        "batch_sizes": list(subject.runner._batch_sizes),
+        "batch_sizes": list(subject.engine.preparer.batch_sizes(TRAIN)),
         "mflop_a_step": (flops / 1e6).tolist(),
         "direct_mflop_a_step": (direct_flops / 1e6).tolist(),
         **{name: machine.spread(values) for name, values in found.items()},
@@ -484,9 +485,7 @@ def record(turns: Turns, rounds: int) -> Report:
     """Shares of the parts of a round, over some recorded ones."""
     turns.upcoming.result()
     example = turns.prepare(turns.number)
-    program = turns.subject.runner._round.lower(
-        turns.state, example.inputs, example.examples, None
-    ).compile()
+    program = turns.subject.engine.runner.compiled(turns.state, example)
     group_of = groups(program.as_text())
     found: dict[Group, list[float]] = defaultdict(lambda: [0.0] * rounds)
     ms_a_step = []
@@ -512,12 +511,12 @@ def recorded_round(
 ) -> tuple[list[Event], tuple[float, float]]:
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
-    jax.block_until_ready((turns.state, prepared.inputs))
+    jax.block_until_ready((turns.state, prepared.by_device))
     with tempfile.TemporaryDirectory() as folder:
         jax.profiler.start_trace(folder, profiler_options=options)
         with jax.profiler.TraceAnnotation("measured round"):
             turns.state = jax.block_until_ready(
-                turns.subject.runner.run(turns.state, prepared).server_state
+                turns.subject.engine.run(turns.state, prepared).state
             )
         jax.profiler.stop_trace()
         (path,) = Path(folder).rglob("*.xplane.pb")

@@ -220,7 +220,7 @@ def measure(setting: Setting, folder: str | None) -> Row:
     from fedexp import runtime
     from fedexp.algorithms import fedavg
     from fedexp.data import ClientBatching, uniform
-    from fedexp.strategies import Runner, jit, mesh
+    from fedexp.engine import Engine, Packing, jit, mesh
     from fedexp.tasks import classification
 
     runtime.start(num_cpu_devices=setting.devices, keep_compiled=False)
@@ -230,8 +230,9 @@ def measure(setting: Setting, folder: str | None) -> Row:
     task = classification(build_model(setting.model), num_classes=CLASSES)
     params = task.init(jax.random.key(SEED), dataset.slice(0, 1))
     strategy = {"jit": jit, "mesh": mesh}[setting.strategy]
-    runner = Runner(
-        strategy(setting.lanes, setting.max_resident_bytes),
+    packing = Packing(setting.lanes, max_resident_bytes=setting.max_resident_bytes)
+    engine = Engine(
+        strategy(packing),
         fedavg(task, optax.sgd(0.01), optax.sgd(1.0)),
         dataset,
         ClientBatching(setting.batch_size),
@@ -239,12 +240,12 @@ def measure(setting: Setting, folder: str | None) -> Row:
         cohort_size=setting.cohort,
         seed=SEED,
     )
-    state = jax.block_until_ready(runner.start(params))
+    state = jax.block_until_ready(engine.start(params))
     set_up = resident_bytes()
     sampler = uniform(setting.cohort)
 
     def prepare(round_: int):
-        return runner.prepare(round_, sampler.sample(dataset.client_ids, SEED, round_))
+        return engine.prepare(round_, sampler.sample(dataset.client_ids, SEED, round_))
 
     seconds = []
     with ThreadPoolExecutor(1) as pool:
@@ -253,11 +254,11 @@ def measure(setting: Setting, folder: str | None) -> Row:
         for round_ in range(1 + setting.rounds):
             prepared = upcoming.result()
             upcoming = pool.submit(prepare, round_ + 1)
-            state = jax.block_until_ready(runner.run(state, prepared).server_state)
+            state = jax.block_until_ready(engine.run(state, prepared).state)
             seconds.append(time.perf_counter() - clock)
             clock = time.perf_counter()
     highest = peak_bytes()
-    program = runner._round.lower(state, prepared.inputs, prepared.examples, None).compile()
+    program = engine.runner.compiled(state, prepared)
     return {
         "seconds": machine.spread(seconds[1:] or seconds),
         "first_seconds": seconds[0],

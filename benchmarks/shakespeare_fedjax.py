@@ -41,8 +41,8 @@ def train_fedexp(data: dict[str, np.ndarray]) -> Trained:
 
     from fedexp.algorithms import fedavg
     from fedexp.data import ClientBatching, FederatedDataset
+    from fedexp.engine import Engine, Packing, jit
     from fedexp.models.language import LSTMLanguageModel
-    from fedexp.strategies import Runner, jit
     from fedexp.tasks.language import next_token
 
     model = LSTMLanguageModel(vocab_size=90, embedding_size=8, hidden_size=256, num_layers=2)
@@ -50,8 +50,8 @@ def train_fedexp(data: dict[str, np.ndarray]) -> Trained:
     ids = np.arange(len(data["offsets"]) - 1).astype(str)
     dataset = FederatedDataset({"tokens": data["train"]}, data["offsets"], ids)
     params = task.init(jax.random.key(0), dataset.slice(0, 1))
-    runner = Runner(
-        jit(lanes=1),
+    engine = Engine(
+        jit(Packing(lanes=1)),
         fedavg(task, optax.sgd(LEARNING_RATE), optax.sgd(LEARNING_RATE)),
         dataset,
         ClientBatching(batch_size=BATCH_SIZE, remainder="fill"),
@@ -60,10 +60,10 @@ def train_fedexp(data: dict[str, np.ndarray]) -> Trained:
         seed=0,
     )
     apply = jax.jit(lambda params, x: model.apply({"params": params}, x))
-    state = runner.start(params)
+    state = engine.start(params)
     yield apply, state.params
     for round_, cohort in enumerate(data["cohorts"]):
-        state = runner.run(state, runner.prepare(round_, cohort)).server_state
+        state = engine.run(state, engine.prepare(round_, cohort)).state
         yield apply, state.params
 
 
@@ -147,7 +147,9 @@ def prepare(data_dir: str | None, rounds: int) -> dict[str, np.ndarray]:
         "train": np.asarray(train.features["tokens"]),
         "offsets": train.offsets,
         "test": np.asarray(test.features["tokens"]),
-        "cohorts": np.stack([sample(train.client_ids, 0, round_) for round_ in range(rounds)]),
+        "cohorts": np.stack(
+            [sample(train.client_ids, 0, round_).clients for round_ in range(rounds)]
+        ),
     }
 
 

@@ -186,7 +186,7 @@ def use(target: str) -> dict:
     sampling, gathering, again = [], [], []
     for round_ in range(ROUNDS):
         begin = time.perf_counter()
-        cohort = sampler.sample(dataset.client_ids, 0, round_)
+        cohort = sampler.sample(dataset.client_ids, 0, round_).clients
         sampling.append(time.perf_counter() - begin)
         gathering.append(gather(dataset, cohort))
         again.append(gather(dataset, cohort))

@@ -16,8 +16,8 @@ from matplotlib.patches import Rectangle
 
 from fedexp.data import ClientBatching, uniform
 from fedexp.data.glyphs import example_counts
-from fedexp.strategies import schedule as schedule_lib
-from fedexp.strategies.schedule import Schedule
+from fedexp.engine import schedule as schedule_lib
+from fedexp.engine.schedule import Schedule
 
 _WRITERS, _SEED = 3400, 0
 _COHORT, _LANES = 10, 4
@@ -31,7 +31,7 @@ _INK, _WASTE = "#24292f", "#eef0f3"
 
 def cohort(size: int, round_: int) -> np.ndarray:
     """The clients that a run with this seed samples in a round."""
-    return uniform(size).sample([f"{i}" for i in range(_WRITERS)], _SEED, round_)
+    return uniform(size).sample([f"{i}" for i in range(_WRITERS)], _SEED, round_).clients
 
 
 def packed(sizes: np.ndarray, lanes: int) -> Schedule:
@@ -126,7 +126,9 @@ def _is_dark(colour: str) -> bool:
 
 def table(sizes: np.ndarray) -> str:
     """Mean utilisations over the first `_TABLE_ROUNDS` cohorts, in Markdown."""
-    lines = ["| cohort | padded |" + "".join(f" {n} lane{'s' * (n > 1)} |" for n in _TABLE_LANES)]
+    lines = [
+        "| cohort | a lane each |" + "".join(f" {n} lane{'s' * (n > 1)} |" for n in _TABLE_LANES)
+    ]
     lines.append("| ---: |" + " ---: |" * (len(_TABLE_LANES) + 1))
     for size in _TABLE_COHORTS:
         cohorts = [sizes[cohort(size, round_)] for round_ in range(_TABLE_ROUNDS)]
@@ -134,7 +136,7 @@ def table(sizes: np.ndarray) -> str:
             np.mean([utilisation(packed(one, lanes)) for one in cohorts])
             for lanes in (size, *_TABLE_LANES)
         ]
-        lines.append(f"| {size} |" + "".join(f" {mean:.0%} |" for mean in means))
+        lines.append(f"| {size} |" + "".join(f" {100 * mean:.0f} % |" for mean in means))
     return "\n".join(lines)
 
 

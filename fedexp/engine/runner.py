@@ -96,30 +96,45 @@ class Runner:
           What the round leaves behind, without client states; and, with several processes, () int32, the
           highest note, which all know after the same round.
         """
+        arguments = self._arguments(state, prepared, note)
+        output, noted = self._call(*arguments)
+        if self._client_states is not None and output.client_states is not None:
+            new_states = self._placement.local_rows(output.client_states)
+            self._client_states.scatter(*self._clients_here(prepared), new_states)
+        if output.client_states is not None:
+            output = output._replace(client_states=None)
+        frozen = arguments[1]
+        if frozen is not None and hasattr(output.state, "frozen"):  # An evaluation's has none.
+            output = output._replace(state=output.state._replace(frozen=frozen))
+        return output, noted
+
+    def compiled(self, state: PyTree, prepared: PreparedRound) -> jax.stages.Compiled:
+        """A round's program, compiled once more, for tools that read it."""
+        return self._program.lower(*self._arguments(state, prepared)).compile()
+
+    def _arguments(
+        self, state: PyTree, prepared: PreparedRound, note: int = 0
+    ) -> tuple[PyTree, ...]:
+        """What a round's program is called with; see `_body`."""
         frozen = getattr(state, "frozen", None)
         if frozen is not None:
             state = _without_frozen(state)
         header = np.array([prepared.round, len(prepared.clients)], np.int32)
-        notes = None
+        states = notes = None
+        if self._client_states is not None:
+            shape = (len(self._placement.local), prepared.num_slots)
+            states = self._client_states.gather(*self._clients_here(prepared), shape)
+            states = self._placement.split(states)
         if self._placement.num_processes > 1:
             notes = self._placement.split(np.full(len(self._placement.local), note, np.int32))
-        here = rows = states = None
-        if self._client_states is not None:
-            rows = prepared.slots - prepared.num_slots * self._placement.local[0]
-            here = (rows >= 0) & (rows < prepared.num_slots * len(self._placement.local))
-            shape = (len(self._placement.local), prepared.num_slots)
-            states = self._client_states.gather(prepared.clients[here], rows[here], shape)
-            states = self._placement.split(states)
-        arguments = (header, self._root, prepared.by_device, prepared.examples, states, notes)
-        output, noted = self._call(state, frozen, *arguments)
-        if self._client_states is not None and output.client_states is not None:
-            new_states = self._placement.local_rows(output.client_states)
-            self._client_states.scatter(prepared.clients[here], rows[here], new_states)
-        if output.client_states is not None:
-            output = output._replace(client_states=None)
-        if frozen is not None and hasattr(output.state, "frozen"):  # An evaluation's has none.
-            output = output._replace(state=output.state._replace(frozen=frozen))
-        return output, noted
+        by_device, examples = prepared.by_device, prepared.examples
+        return state, frozen, header, self._root, by_device, examples, states, notes
+
+    def _clients_here(self, prepared: PreparedRound) -> tuple[np.ndarray, np.ndarray]:
+        """The clients of this process, and their rows among the slots of its devices."""
+        rows = prepared.slots - prepared.num_slots * self._placement.local[0]
+        here = (rows >= 0) & (rows < prepared.num_slots * len(self._placement.local))
+        return prepared.clients[here], rows[here]
 
     def _call(self, *args: PyTree) -> tuple[RoundOutput, jax.Array | None]:
         compilations = self._compilations

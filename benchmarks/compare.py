@@ -1,6 +1,7 @@
 """Compares fedexp with FedJAX and pfl-research: the same clients, models and batches, taking turns.
 
     python -m benchmarks.compare --fedjax_python=PATH --fedjax_source=PATH --pfl_python=PATH
+    python -m benchmarks.compare --before=CHECKOUT
 
 Every library runs in a process of its own. In each turn every one of them trains the same rounds, one
 after another while the others wait, so a busy machine slows all alike; who begins rotates. The ratio of
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.machine import machine, processor, spread
 from benchmarks.peers import workloads
-from benchmarks.peers.process import Library, Peer, PeerError
+from benchmarks.peers.process import ROOT, Library, Peer, PeerError
 from benchmarks.peers.protocol import Job
 from fedexp.errors import UserError
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).parent / "results"
 OURS = "fedexp"
+BEFORE = "fedexp before"
 WARM_UP = 2  # Rounds; the first one compiles.
 MAX_ROUNDS_A_TURN = 50
 MIB = 1 << 20
@@ -47,12 +49,15 @@ Figures = dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     libraries = [
-        Library(OURS, "fedexp_peer.py", sys.executable, None, OURS),
+        Library(OURS, "fedexp_peer.py", sys.executable, str(ROOT), OURS),
+        *earlier(arguments.before),
         Library(
             "FedJAX", "fedjax_peer.py", arguments.fedjax_python, arguments.fedjax_source, "fedjax"
         ),
         Library("pfl-research", "pfl_peer.py", arguments.pfl_python, arguments.pfl_source, "pfl"),
     ]
+    if arguments.before:  # Who compares with that does not miss the others.
+        libraries = [library for library in libraries if not library.missing]
     report = {
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
@@ -62,8 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "workloads": {},
     }
     try:
-        for name in arguments.workloads:
-            report["workloads"][name] = compare(name, libraries, arguments, report["libraries"])
+        for title, (name, data) in jobs(arguments.workloads, arguments.data).items():
+            figures = compare(title, name, data, libraries, arguments, report["libraries"])
+            report["workloads"][title] = figures
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -84,7 +90,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     known = ", ".join(workloads.WORKLOADS)
     add("--workloads", default=",".join(workloads.WORKLOADS), help=f"separated by commas: {known}")
     add("--measure", default="rounds,start", help="rounds, start or both, separated by a comma")
-    add("--data", choices=("glyphs", "digits"), default="glyphs", help="of the EMNIST workloads")
+    add("--data", default="glyphs", help="of the EMNIST workloads: glyphs, digits or both")
     add("--clients", type=int, default=100, help="population of generated data")
     add("--cohort_size", type=int, default=10, help="clients a round")
     add("--turns", type=int, default=7, help="measured turns, at least 5")
@@ -100,10 +106,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for option, name in (("fedjax", "FedJAX"), ("pfl", "pfl-research")):
         add(f"--{option}_python", help=f"interpreter of {name}'s virtual environment")
         add(f"--{option}_source", help=f"a checkout of {name} to use instead of the package")
+    add("--before", help="a checkout of an earlier fedexp, to compare with as another library")
     add("--output", help="where the figures go as JSON")
     add("--plot", help="a PNG to draw")
     arguments = parser.parse_args(argv)
-    for option, choices in (("workloads", workloads.WORKLOADS), ("measure", ("rounds", "start"))):
+    for option, choices in (
+        ("workloads", tuple(workloads.WORKLOADS)),
+        ("measure", ("rounds", "start")),
+        ("data", ("glyphs", "digits")),
+    ):
         chosen = [name for name in getattr(arguments, option).split(",") if name]
         unknown = [name for name in chosen if name not in choices]
         if unknown or not chosen:
@@ -118,11 +129,29 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         path = getattr(arguments, option)
         if path and not os.access(path, os.X_OK):
             parser.error(f"--{option}: {path} is not an interpreter")
-    for option in ("fedjax_source", "pfl_source"):
+    for option in ("fedjax_source", "pfl_source", "before"):
         path = getattr(arguments, option)
         if path and not os.path.isdir(path):
             parser.error(f"--{option}: there is no folder {path}")
     return arguments
+
+
+def earlier(checkout: str | None) -> list[Library]:
+    """An older fedexp with the peer of its time, in this interpreter; nothing without a checkout."""
+    if checkout is None:
+        return []
+    folder = Path(checkout).resolve()
+    script = folder / "benchmarks" / "peers" / "fedexp_peer.py"
+    return [Library(BEFORE, str(script), sys.executable, str(folder), OURS)]
+
+
+def jobs(names: Sequence[str], data: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Title -> workload and data; the texts are the same whatever the images are."""
+    found = {}
+    for name in names:
+        for source in data if not workloads.WORKLOADS[name].length else data[:1]:
+            found[name if source == data[0] else f"{name}, {source}"] = name, source
+    return found
 
 
 def settings(arguments: argparse.Namespace) -> Figures:
@@ -141,12 +170,17 @@ def settings(arguments: argparse.Namespace) -> Figures:
 
 
 def compare(
-    name: str, libraries: Sequence[Library], arguments: argparse.Namespace, known: Figures
+    title: str,
+    name: str,
+    data: str,
+    libraries: Sequence[Library],
+    arguments: argparse.Namespace,
+    known: Figures,
 ) -> Figures:
     """Measures one workload; what is learned of the libraries goes to `known`."""
     job = workloads.build(
         name,
-        data=arguments.data,
+        data=data,
         num_clients=arguments.clients,
         cohort_size=arguments.cohort_size,
         num_rounds=WARM_UP + arguments.turns * MAX_ROUNDS_A_TURN,
@@ -154,7 +188,7 @@ def compare(
         seed=arguments.seed,
     )
     figures = {
-        "data": workloads.describe(job, arguments.data),
+        "data": workloads.describe(job, data),
         "batch_size": job.batch_size,
         "cohort_size": arguments.cohort_size,
         "parameters": workloads.WORKLOADS[name].parameters[job.num_classes],
@@ -167,13 +201,14 @@ def compare(
     with tempfile.TemporaryDirectory() as folder:
         job.write(Path(folder))
         if "rounds" in arguments.measure:
-            measure_rounds(job, folder, libraries, arguments, figures, known)
+            measure_rounds(title, job, folder, libraries, arguments, figures, known)
         if "start" in arguments.measure:
-            measure_starts(job, folder, libraries, arguments.starts, figures)
+            measure_starts(title, folder, libraries, arguments.starts, figures)
     return figures
 
 
 def measure_rounds(
+    title: str,
     job: Job,
     folder: str,
     libraries: Sequence[Library],
@@ -190,7 +225,7 @@ def measure_rounds(
         for library in running(libraries, rows):
             row = rows[library.name]
             with noting_failure(library.name, rows):
-                say(job.workload, f"{library.name} sets up and compiles")
+                say(title, f"{library.name} sets up and compiles")
                 peer = stack.enter_context(Peer(library))
                 reply = peer.ask(do="set_up", folder=folder)
                 check_parameters(reply["parameters"], figures["parameters"])
@@ -205,7 +240,7 @@ def measure_rounds(
         count = rounds_a_turn(arguments.turn_seconds, min(warm.values()))
         done, work = WARM_UP, {name: 0 for name in peers}
         for turn in range(arguments.turns):
-            say(job.workload, f"turn {turn + 1} of {arguments.turns}, {count} rounds each")
+            say(title, f"turn {turn + 1} of {arguments.turns}, {count} rounds each")
             span = range(done, done + count)
             for name in rotated(list(peers), turn):
                 with noting_failure(name, rows):
@@ -231,10 +266,13 @@ def measure_rounds(
         row["ms_a_trained_example"] = 1000 * per_example
         if OURS in peers:
             row["ratio"] = spread(ratios(seconds[name], seconds[OURS]))
+    if {OURS, BEFORE} <= peers.keys():
+        rows[OURS]["over_before"] = spread(ratios(seconds[OURS], seconds[BEFORE]))
+        rows[OURS]["cpu_over_before"] = spread(ratios(cpu_seconds[OURS], cpu_seconds[BEFORE]))
 
 
 def measure_starts(
-    job: Job, folder: str, libraries: Sequence[Library], repeats: int, figures: Figures
+    title: str, folder: str, libraries: Sequence[Library], repeats: int, figures: Figures
 ) -> None:
     """Times fresh processes from launch to the end of their first round.
 
@@ -244,7 +282,7 @@ def measure_starts(
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for repeat in range(repeats):
         for library in rotated(running(libraries, rows), repeat):
-            say(job.workload, f"start {repeat + 1} of {repeats}, {library.name}")
+            say(title, f"start {repeat + 1} of {repeats}, {library.name}")
             with (
                 noting_failure(library.name, rows),
                 tempfile.TemporaryDirectory() as cache,
@@ -264,6 +302,10 @@ def measure_starts(
         for launch in ("start", "restart") if ours else ():
             name = f"{launch}_seconds"
             row[f"{launch}_ratio"] = spread(ratios(own[name], ours[name]))
+    if ours and BEFORE in found and not rows[BEFORE].get("failed"):
+        for name in ("start_seconds", "restart_seconds"):
+            over = spread(ratios(ours[name], found[BEFORE][name]))
+            rows[OURS][name.replace("seconds", "over_before")] = over
 
 
 def running(libraries: Sequence[Library], rows: Figures) -> list[Library]:
@@ -362,12 +404,30 @@ def show(report: Figures) -> None:
             f"times {OURS}'s second": lambda row: shown(row.get("restart_ratio"), 2),
         }
         console.print(table("from launch to the end of the first round", report, columns))
+    if BEFORE in report["libraries"]:
+        names = {
+            "over_before": "a round",
+            "cpu_over_before": "a round, CPU seconds",
+            "start_over_before": "from launch",
+            "restart_over_before": "from the second launch",
+        }
+        columns = {
+            names[key]: lambda row, key=key: shown(row.get(key), 3)
+            for key in names
+            if any(key in figures["libraries"][OURS] for figures in report["workloads"].values())
+        }
+        console.print(table(f"{OURS}, times {BEFORE}", report, columns, only=OURS))
     for line in remarks(report):
         console.print(f"- {line}", markup=False, highlight=False)
 
 
-def table(title: str, report: Figures, columns: Mapping[str, Callable[[Figures], str]]) -> Table:
-    """A row for every workload and library; a library that is missing or has failed has it too."""
+def table(
+    title: str,
+    report: Figures,
+    columns: Mapping[str, Callable[[Figures], str]],
+    only: str | None = None,
+) -> Table:
+    """A row for every workload and library, or only one; one that is missing or has failed has it too."""
     from rich.table import Table
 
     result = Table(title=title)
@@ -377,6 +437,8 @@ def table(title: str, report: Figures, columns: Mapping[str, Callable[[Figures],
         result.add_column(column, justify="right")
     for name, figures in report["workloads"].items():
         for library, row in figures["libraries"].items():
+            if only not in (None, library):
+                continue
             problem = next((kind for kind in ("missing", "failed") if kind in row), None)
             texts = [problem] if problem else [text(row) for text in columns.values()]
             result.add_row(name, library, *texts, style="red" if problem else None)
@@ -435,7 +497,7 @@ def reasons(report: Figures, kind: str) -> Mapping[str, list[str]]:
 
 def agreement(workload: str, rows: Figures) -> list[str]:
     """How far the libraries' parameters are apart where all start from zero and use no dropout."""
-    if workload != "emnist_logistic" or "norm" not in rows[OURS]:
+    if not workload.startswith("emnist_logistic") or "norm" not in rows[OURS]:
         return []
     ours = rows[OURS]["norm"]
     apart = {name: abs(row["norm"] / ours - 1) for name, row in rows.items() if "norm" in row}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -119,5 +118,4 @@ def _environment(
         shared["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # fedexp would keep one.
     else:
         shared["FEDEXP_CACHE"] = cache
-    source = str(ROOT) if library.python == sys.executable else library.source
-    return shared | ({"PYTHONPATH": source} if source else {})
+    return shared | ({"PYTHONPATH": library.source} if library.source else {})

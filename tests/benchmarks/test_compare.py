@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import compare
-from benchmarks.peers import workloads
+from benchmarks.peers import process, workloads
 from benchmarks.peers.process import Library, Peer, PeerError
 from benchmarks.peers.protocol import Job
 
@@ -89,8 +89,6 @@ def test_a_job_survives_its_folder(tmp_path):
 
 
 def test_a_peer_answers_though_its_library_prints(tmp_path):
-    from benchmarks.peers import process
-
     library = script(tmp_path, ECHO.format(folder=str(process.FOLDER)))
     small_job().write(tmp_path)
     with Peer(library) as peer:
@@ -114,8 +112,6 @@ def test_a_peer_that_fails_says_why(tmp_path):
 
 
 def test_a_second_launch_finds_what_the_first_one_kept(tmp_path, monkeypatch):
-    from benchmarks.peers import process
-
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
     log = tmp_path / "log"
     keeping = f"""
@@ -128,9 +124,9 @@ with open({str(log)!r}, "a") as file:
 (kept / "program").touch()
 """
     library = script(tmp_path, keeping + ECHO.format(folder=str(process.FOLDER)))
-    job, rows = small_job(), {compare.OURS: {"missing": "not here"}, "Other": {}}
-    job.write(tmp_path)
-    compare.measure_starts(job, str(tmp_path), [library], 2, {"libraries": rows})
+    rows = {compare.OURS: {"missing": "not here"}, "Other": {}}
+    small_job().write(tmp_path)
+    compare.measure_starts("title", str(tmp_path), [library], 2, {"libraries": rows})
     assert log.read_text().split("\n") == ["", "program", "", "program", ""]
     row = rows["Other"]
     assert len(row["start_seconds"]["all"]) == len(row["restart_peak_mib"]["all"]) == 2
@@ -159,12 +155,22 @@ def test_generated_text(name):
         ("--workloads=emnist_cnn,mnist", "got mnist"),
         ("--pfl_python=/no/such/python", "--pfl_python: /no/such/python is not an interpreter"),
         ("--fedjax_source=/no/such/folder", "there is no folder /no/such/folder"),
+        ("--before=/no/such/folder", "--before: there is no folder /no/such/folder"),
+        ("--data=glyphs,letters", "got letters"),
     ],
 )
 def test_wrong_arguments(capsys, argument, message):
     with pytest.raises(SystemExit):
         compare.main([argument])
     assert message in capsys.readouterr().err
+
+
+def test_texts_are_measured_once():
+    assert compare.jobs(["emnist_cnn", "shakespeare_lstm"], ["glyphs", "digits"]) == {
+        "emnist_cnn": ("emnist_cnn", "glyphs"),
+        "emnist_cnn, digits": ("emnist_cnn", "digits"),
+        "shakespeare_lstm": ("shakespeare_lstm", "glyphs"),
+    }
 
 
 def test_digits_that_are_not_there(monkeypatch, capsys):
@@ -200,3 +206,31 @@ def test_missing_and_failing_libraries_are_reported(tmp_path, monkeypatch, capsy
     printed = " ".join(capsys.readouterr().out.split())
     assert "FedJAX │ missing" in printed and "pfl-research │ failed" in printed
     assert "FedJAX missing: --fedjax_python is not given" in printed
+
+
+def test_an_earlier_checkout_is_run_with_its_own_peer_and_package(tmp_path, monkeypatch, capsys):
+    """This fedexp, really measured, beside one whose peer wants a package that only its checkout has."""
+    monkeypatch.setenv("FEDEXP_CACHE", str(tmp_path / "cache"))
+    checkout, output = tmp_path / "checkout", tmp_path / "figures.json"
+    peers = checkout / "benchmarks" / "peers"
+    peers.mkdir(parents=True)
+    (checkout / "fedexp").mkdir()
+    (checkout / "fedexp" / "__init__.py").write_text("PARAMETERS = 48_670")
+    text = ECHO.replace('int(job.features["y"].sum())', "fedexp.PARAMETERS")
+    (peers / "fedexp_peer.py").write_text("import fedexp" + text.format(folder=str(process.FOLDER)))
+    arguments = "--workloads=emnist_logistic --clients=4 --cohort_size=2 --turns=5 --starts=1"
+    arguments += f" --turn_seconds=1e-9 --output={output} --before={checkout}"
+    assert compare.main(arguments.split()) == 0
+    report = json.loads(output.read_text())
+    assert list(report["libraries"]) == [compare.OURS, compare.BEFORE]
+    assert len(report["libraries"][compare.OURS]["commit"]) == 40
+    ours, before = report["workloads"]["emnist_logistic"]["libraries"].values()
+    for over, seconds in (
+        ("over_before", "seconds_a_round"),
+        ("cpu_over_before", "cpu_seconds_a_round"),
+        ("restart_over_before", "restart_seconds"),
+    ):
+        found = [a / b for a, b in zip(ours[seconds]["all"], before[seconds]["all"], strict=True)]
+        assert ours[over]["all"] == found
+    assert str(tmp_path) not in output.read_text()
+    assert "fedexp, times fedexp before" in capsys.readouterr().out

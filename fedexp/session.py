@@ -162,7 +162,7 @@ class Session:
     def __init__(self, setup: Setup):
         self.setup = setup
         splits, task, seed = setup.dataset, setup.task, setup.seed
-        self.splits = {name: part for name, part in splits._asdict().items() if part is not None}
+        self.splits = splits.present()
         for part in self.splits.values():
             task.check(part)
         self.algorithm = self._algorithm()

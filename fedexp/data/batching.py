@@ -92,7 +92,7 @@ class ClientBatching:
         return -(-sizes // self.batch_size)
 
     def order(
-        self, sizes: np.ndarray, firsts: np.ndarray, seeds: Sequence[Sequence[int]]
+        self, sizes: np.ndarray, firsts: np.ndarray, seeds: Sequence[Sequence[int]] | np.ndarray
     ) -> np.ndarray:
         """Draws which examples make up each batch of each client of a cohort.
 
@@ -125,7 +125,7 @@ class ClientBatching:
 
 
 def _permutations(
-    sizes: Sequence[int], passes: Sequence[int], seeds: Sequence[Sequence[int]]
+    sizes: Sequence[int], passes: Sequence[int], seeds: Sequence[Sequence[int]] | np.ndarray
 ) -> np.ndarray:
     """Each client's passes over its examples, one after another."""
     drawn = [np.zeros(0, np.int64)]  # There may be no client.

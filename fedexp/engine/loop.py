@@ -41,7 +41,7 @@ def step_keys(client: Clients) -> jax.Array:
     return jax.random.fold_in(client.key, int(Stream.STEP))
 
 
-def take_batch(examples: dict[str, jax.Array], rows: jax.Array) -> Batch:
+def take_batch(examples: dict[str, jax.Array], rows: Any) -> Batch:
     """Gathers the examples of `rows` (..., B) int32.
 
     Negative rows, behind all others, are padding: copies of the batch's first example, because garbage

@@ -27,7 +27,7 @@ class PackedTree:
       layout: what `unpack` needs to know; two trees of one layout share a compiled program.
     """
 
-    flat: jax.Array
+    flat: Any
     layout: Layout
 
     @classmethod

@@ -89,7 +89,7 @@ class Placement:
 
         # Not device_put: between processes it compares the values, which is a collective.
         def put(leaf: jax.typing.ArrayLike) -> jax.Array:
-            if jax.dtypes.issubdtype(jax.numpy.result_type(leaf), jax.dtypes.prng_key):
+            if jax.numpy.issubdtype(jax.numpy.result_type(leaf), jax.dtypes.prng_key):
                 return jax.random.wrap_key_data(
                     put(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf)
                 )
@@ -136,7 +136,7 @@ def meshed(num_devices: int | None = None) -> Placement:
     return Placement(_row(devices), _meshed)
 
 
-def _first(num_devices: int | None, devices: list[jax.Device]) -> list[jax.Device]:
+def _first(num_devices: int | None, devices: list[Any]) -> list[Any]:
     if num_devices is not None and not 1 <= num_devices <= len(devices):
         raise UserError(
             f"num_devices must be 1 to {len(devices)}, the devices of a process, got {num_devices}; "
@@ -145,7 +145,7 @@ def _first(num_devices: int | None, devices: list[jax.Device]) -> list[jax.Devic
     return devices[:num_devices]
 
 
-def _row(devices: list[jax.Device]) -> Mesh:
+def _row(devices: list[Any]) -> Mesh:
     return Mesh(np.array(devices), (_AXIS,), axis_types=(AxisType.Auto,))
 
 
@@ -156,13 +156,14 @@ def _alone(mesh: Mesh, function: DeviceFunction) -> DeviceFunction:
 
 def _pmapped(mesh: Mesh, function: DeviceFunction) -> DeviceFunction:
     devices = list(mesh.devices)
-    axes = {"in_axes": (None, 0), "out_axes": (None, 0)}
-    return jax.pmap(_summed(function), _AXIS, devices=devices, **axes)
+    axes = (None, 0)
+    return jax.pmap(_summed(function), _AXIS, in_axes=axes, out_axes=axes, devices=devices)
 
 
 def _meshed(mesh: Mesh, function: DeviceFunction) -> DeviceFunction:
-    specs = {"in_specs": (_WHOLE, _SPLIT), "out_specs": (_WHOLE, _SPLIT)}
-    return jax.shard_map(_on_only_row(_summed(function)), mesh=mesh, check_vma=False, **specs)
+    specs = (_WHOLE, _SPLIT)
+    summed = _on_only_row(_summed(function))
+    return jax.shard_map(summed, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False)
 
 
 def _on_only_row(function: DeviceFunction) -> DeviceFunction:

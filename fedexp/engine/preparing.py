@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -29,8 +29,8 @@ class PassInputs(NamedTuple):
       schedule: of its clients.
     """
 
-    num_examples: jax.Array
-    num_steps: jax.Array
+    num_examples: Any
+    num_steps: Any
     schedule: schedule_lib.Schedule
 
 
@@ -43,8 +43,8 @@ class DeviceInputs(NamedTuple):
       passes: name -> what it goes through.
     """
 
-    index: jax.Array
-    inputs: dict[str, jax.Array]
+    index: Any
+    inputs: dict[str, Any]
     passes: dict[str, PassInputs]
 
 
@@ -251,7 +251,7 @@ class Preparer:
     ) -> np.ndarray:
         sizes = plan.sizes[clients]
         ran = np.flatnonzero(sizes)
-        seeds: Sequence[np.ndarray] = ()
+        seeds = np.zeros((0, 0), np.uint32)
         if plan.batching.shuffle:
             stream = _words(int(self._stream[0]), self._seed, self._stream[1], round_, 0, number)
             seeds = np.repeat(stream[None], len(ran), axis=0)

@@ -74,7 +74,7 @@ class Runner:
         self._root = self._placement.replicate(jax.random.key_data(root))
         self._root_type = jax.random.key_impl(root)
         self._compilations = Compilations()
-        self._program = self._interpreted
+        self._program: Any = self._interpreted
         if strategy.compiled:
             self._program = jit(self._traced, donate_argnums=0 if donate else ())
 
@@ -243,9 +243,9 @@ class ForEachClient:
 def first_state(init: Callable[..., PyTree], *args: PyTree) -> PyTree:
     """What `init(*args)` returns, without weak types: a restored state has none, and compiles alike."""
 
-    def strong(leaf: jax.typing.ArrayLike) -> jax.Array:
+    def strong(leaf: Any) -> jax.Array:
         dtype = jnp.result_type(leaf)
-        if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(dtype, jax.dtypes.prng_key):
             return leaf
         return jax.lax.convert_element_type(leaf, dtype)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,13 +33,13 @@ class Schedule(NamedTuple):
       num_segments: () int32.
     """
 
-    rows: np.ndarray
-    widths: np.ndarray
-    bounds: np.ndarray
-    slots: np.ndarray
-    starts: np.ndarray
-    ends: np.ndarray
-    num_segments: np.ndarray
+    rows: Any
+    widths: Any
+    bounds: Any
+    slots: Any
+    starts: Any
+    ends: Any
+    num_segments: Any
 
     def without_lanes(self) -> Schedule:
         """The schedule of an only lane, whose arrays lose the axis of lanes."""
@@ -94,7 +94,7 @@ def pack(
     return Schedule(rows, widths, bounds, slot, starts, ends, np.int32(num_segments))
 
 
-def assign(lengths: Sequence[int], lanes: int) -> tuple[np.ndarray, np.ndarray]:
+def assign(lengths: Sequence[int] | np.ndarray, lanes: int) -> tuple[np.ndarray, np.ndarray]:
     """Longest-processing-time-first scheduling (Graham 1969): at most 4/3 of the shortest makespan.
 
     Args:

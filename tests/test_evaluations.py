@@ -21,7 +21,7 @@ from fedexp.data import (
     split_validation,
     uniform,
 )
-from fedexp.engine import Packing, debug, jit, mesh
+from fedexp.engine import Packing, jit
 from fedexp.errors import UserError
 from fedexp.evaluation import Evaluate
 from fedexp.trainer import Experiment
@@ -65,7 +65,7 @@ FINE_TUNED = Evaluate(
 )
 
 
-@pytest.mark.parametrize("strategy", [debug, jit, lambda: jit(Packing(lanes=3)), mesh])
+@pytest.mark.parametrize("strategy", [jit, lambda: jit(Packing(lanes=3))])
 def test_fine_tuned_evaluation_equals_numpy(strategy):
     result = experiment(Evaluate(), FINE_TUNED, strategy=strategy()).run()
     theta = vector(result.params)

@@ -11,7 +11,7 @@ import pytest
 
 from fedexp.algorithms import apfl
 from fedexp.data import ClientBatching, FederatedSplits, fixed
-from fedexp.engine import Packing, debug, jit
+from fedexp.engine import Packing, jit
 from fedexp.errors import UserError
 from fedexp.evaluation import Evaluate
 from fedexp.trainer import Experiment
@@ -55,7 +55,7 @@ def algorithm():
     return apfl(linear.task(), sgd, optax.sgd(1.0), ALPHA, ALPHA_RATE)
 
 
-@pytest.mark.parametrize("strategy", [debug, jit, lambda: jit(Packing(lanes=3))])
+@pytest.mark.parametrize("strategy", [jit, lambda: jit(Packing(lanes=3))])
 def test_three_rounds_equal_numpy(strategy):
     engine, output = run(algorithm(), strategy())
     w, v, alpha = reference()

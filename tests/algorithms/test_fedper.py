@@ -11,14 +11,14 @@ from flax import linen as nn
 from fedexp.algorithms import fedper
 from fedexp.algorithms.parts import merge, split
 from fedexp.data import ClientBatching, FederatedDataset
-from fedexp.engine import Engine, Packing, debug, jit, mesh
+from fedexp.engine import Engine, Packing, jit, mesh
 from fedexp.errors import UserError
 from fedexp.tasks import classification
 from tests.support import linear
 from tests.support.clients import COHORTS, batches, client_states, first, gradient, run, vector
 
 RATE = 0.05
-STRATEGIES = [debug, jit, lambda: jit(Packing(lanes=3))]
+STRATEGIES = [jit, lambda: jit(Packing(lanes=3))]
 
 
 def reference(local: bool, frozen: bool) -> tuple[np.ndarray, np.ndarray]:

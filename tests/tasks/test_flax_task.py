@@ -13,7 +13,7 @@ from fedexp.models import EmnistAutoencoder, EmnistCNN, LSTMLanguageModel, TagLo
 from fedexp.tasks import classification, mean_loss, next_token, reconstruction, tag_prediction
 from tests.support.local import in_lanes_and_alone
 
-KEY = jax.random.key(0)
+KEY, DROPOUT = jax.random.key(0), jax.random.key(1)
 RNG = np.random.default_rng(0)
 IMAGES = {
     "x": RNG.integers(0, 256, (8, 28, 28)).astype(np.uint8),
@@ -42,7 +42,7 @@ def test_a_task_in_bfloat16_is_nearly_the_same_and_trains_float32(name):
     jax.tree.map(np.testing.assert_array_equal, params, half.init(KEY, batch))
 
     def value_and_gradient(task):
-        loss = lambda params: mean_loss(task, params, batch, mask, KEY)  # noqa: E731
+        loss = lambda params: mean_loss(task, params, batch, mask, DROPOUT)  # noqa: E731
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
     (loss, _), gradient = value_and_gradient(whole)
@@ -51,8 +51,9 @@ def test_a_task_in_bfloat16_is_nearly_the_same_and_trains_float32(name):
         assert leaf.dtype == jnp.float32
     np.testing.assert_allclose(half_loss, loss, rtol=0.02)
     error = optax.tree.norm(jax.tree.map(jnp.subtract, half_gradient, gradient))
-    # Bfloat16 has 8 bits: 0.4 % in every number, and some maxima of a pool change places.
-    assert 1e-4 < error / optax.tree.norm(gradient) < 0.2
+    # Bfloat16 has 8 bits, an error of 0.4 % in every number; with some draws maxima of a pool
+    # change places as well, which makes it up to 14 % in all.
+    assert 1e-4 < error / optax.tree.norm(gradient) < 0.1
 
 
 def test_parameters_and_inputs_are_rounded_alike():

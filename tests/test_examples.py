@@ -45,6 +45,18 @@ def test_an_experiment_of_ones_own_is_bound_from_a_gin_file_outside_fedexp(tmp_p
     assert '"test/accuracy": 0.9' in (tmp_path / "final.json").read_text()
 
 
+def test_a_loop_of_ones_own_stops_and_goes_on():
+    lines = [line.split() for line in run("own_loop.py").stdout.splitlines()]
+    watched = [line for line in lines if len(line) == 3 and line[0].isdigit()]
+    later = [line for line in lines if len(line) == 2]
+    assert [int(number) for number, *_ in watched] == list(range(1, len(watched) + 1))
+    assert float(watched[-1][1]) < 0.5 <= float(watched[-2][1])
+    assert [int(number) for number, _ in later] == [10, 20, 30, 40, 50]
+    assert float(later[-1][1]) > 0.8
+    code = (EXAMPLES / "own_loop.py").read_text()
+    assert code[code.index("server = ") :] in (REPOSITORY / "docs" / "own_loop.md").read_text()
+
+
 def test_the_readme_shows_the_examples_as_they_are():
     readme = (REPOSITORY / "README.md").read_text()
     assert (EXAMPLES / "plain_python.py").read_text() in readme

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import time
 from collections.abc import Callable
@@ -23,6 +24,9 @@ from fedexp.streams import Stream, derive
 
 PyTree = Any
 Round = Callable[[PyTree, Cohort, "ForEachClient"], RoundOutput]
+# One runs and one waits. Of more, virtual CPU devices would begin several at once, and none might get the
+# threads on which its devices meet: XLA ends the process after a minute of that.
+_MOST_UNDER_WAY = 2
 _LONG_COMPILATION = 1.0  # Seconds; a shorter one leaves little memory behind.
 
 
@@ -34,7 +38,7 @@ class Population(NamedTuple):
 
 
 class Runner:
-    """Runs rounds, one dispatch each; calls return before the devices are done.
+    """Runs rounds, one dispatch each; calls return before the devices are done, two rounds ahead at most.
 
     With several processes, all make the same calls.
 
@@ -74,6 +78,7 @@ class Runner:
         self._root = self._placement.replicate(jax.random.key_data(root))
         self._root_type = jax.random.key_impl(root)
         self._compilations = Compilations()
+        self._under_way: collections.deque[jax.Array] = collections.deque()
         self._program: Any = self._interpreted
         if strategy.compiled:
             self._program = jit(self._traced, donate_argnums=0 if donate else ())
@@ -97,7 +102,10 @@ class Runner:
           highest note, which all know after the same round.
         """
         arguments = self._arguments(state, prepared, note)
+        while len(self._under_way) >= _MOST_UNDER_WAY:
+            self._under_way.popleft().block_until_ready()
         output, noted = self._call(*arguments)
+        self._under_way.extend(_one_of(output))
         if self._client_states is not None and output.client_states is not None:
             new_states = self._placement.local_rows(output.client_states)
             self._client_states.scatter(*self._clients_here(prepared), new_states)
@@ -250,6 +258,12 @@ def first_state(init: Callable[..., PyTree], *args: PyTree) -> PyTree:
         return jax.lax.convert_element_type(leaf, dtype)
 
     return run_once(lambda *args: jax.tree.map(strong, init(*args)), *args)
+
+
+def _one_of(output: RoundOutput) -> list[jax.Array]:
+    """An array that is ready when the round is; none if it measures nothing, or is not compiled."""
+    mappings = [m for m in (output.metrics, output.per_client) if isinstance(m, PackedMapping)]
+    return [array for mapping in mappings for array in mapping.flat.values()][:1]
 
 
 def _gathered(placement: Placement, each: PyTree) -> PyTree:

@@ -179,10 +179,9 @@ class Experiment(Setup):
         """Evaluates; returns the results and the best metric, always of the same clients."""
         results = session.evaluate(round_, which, full=last)
         values = row(results)
+        group = str(plan.best_metric).rpartition("/")[0]
         for i in which if last else ():
             evaluation = self.evaluations[i]
-            if isinstance(evaluation.clients, int) and f"{evaluation.name}/" in str(
-                plan.best_metric
-            ):
+            if isinstance(evaluation.clients, int) and evaluation.name == group:
                 values |= row(session.evaluate(round_, [i], full=False))
         return results, values.get(str(plan.best_metric))

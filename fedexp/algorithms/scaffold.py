@@ -126,7 +126,7 @@ def scaffold(
     def round_(state, cohort, for_each_client):
         if option == 1:
             _, gradients = for_each_client(full_gradient(task), state, cohort, "full")
-            cohort = renewing(cohort, gradients)
+            cohort = _renewing(cohort, gradients)
         shared = Shared(state.params, extra=state.control)
         sent = aggregate(for_each_client, aggregator, state.aggregator, work, shared, cohort)
         share = cohort.size / cohort.population
@@ -150,7 +150,7 @@ def scaffold(
     )
 
 
-def renewing(cohort: Cohort, gradients: PyTree) -> Cohort:
+def _renewing(cohort: Cohort, gradients: PyTree) -> Cohort:
     """The cohort, its clients' control variates side by side with those that replace them."""
     state = cohort.clients.state
     state = state._replace(own=state.own._replace(renewed=gradients))

@@ -192,6 +192,7 @@ class Aggregator:
       init: value -> first state, kept in the server's state. `value` is shaped like `Update.value`.
       init_client: value -> a client's first state; None if it keeps none.
       reduces: whether it makes one update of many, as the last link of a chain does.
+      private: whether it hides what a client sends; then nothing may be sent past it.
     """
 
     client: Callable[[PyTree, Update, PyTree, jax.Array], Sent]
@@ -199,6 +200,7 @@ class Aggregator:
     init: Callable[[PyTree], PyTree] = lambda value: ()
     init_client: Callable[[PyTree], PyTree] | None = None
     reduces: bool = False
+    private: bool = False
 
 
 # --- What an algorithm is -----------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedexp.aggregators.mean import mean
+from fedexp.aggregators.statistics import carrying_statistics
 from fedexp.contracts import Aggregated, Aggregator, Cohort, PyTree, Sent, Update
 from fedexp.errors import UserError
 from fedexp.streams import Stream, derive
@@ -64,12 +65,21 @@ def chain(*links: Aggregator) -> Aggregator:
             }  # What a later link says of the same thing holds.
         return Aggregated(later, tuple(reversed(states)), metrics)
 
-    has_client_state = any(link.init_client for link in links)
-    return Aggregator(client, server, init, init_client if has_client_state else None, reduces=True)
+    return Aggregator(
+        client,
+        server,
+        init,
+        init_client if any(link.init_client for link in links) else None,
+        reduces=True,
+        private=any(link.private for link in links),
+    )
 
 
 def as_aggregator(given: Aggregators) -> Aggregator:
-    """What an algorithm makes of its argument: the mean of None, a chain of a sequence."""
+    """What an algorithm makes of its argument: the mean of None, a chain of a sequence.
+
+    What is not trained, as BatchNorm's statistics, goes past it, and is averaged.
+    """
     if given is None:
-        return mean()
-    return given if isinstance(given, Aggregator) else chain(*given)
+        given = mean()
+    return carrying_statistics(given if isinstance(given, Aggregator) else chain(*given))

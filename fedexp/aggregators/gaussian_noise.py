@@ -44,4 +44,4 @@ def gaussian_noise(
         ]
         return Aggregated(structure.unflatten(noisy), state, {"noise_std": jnp.float32(std)})
 
-    return Aggregator(client, server)
+    return Aggregator(client, server, private=True)

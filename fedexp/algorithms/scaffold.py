@@ -85,7 +85,7 @@ def scaffold(
     aggregator = as_aggregator(aggregator)
 
     def direction(shared, params, grads, batch, key):
-        return jax.tree.map(jnp.add, grads, shared.extra)
+        return jax.tree.map(jnp.add, split_statistics(grads)[0], shared.extra)
 
     training = local_training(task, optax.sgd(client_learning_rate), "uniform", direction)
 
@@ -100,41 +100,42 @@ def scaffold(
     def client_finish(shared, carry, client):
         correction, trained = carry
         update, trained = training.finish(shared, trained, client)
+        params, statistics = split_statistics(update.value)
         control, renewed = client.state.own
         if option == 2:
             scale = 1 / (client_learning_rate * client.num_steps)
             # c_i+ = c_i - c - (y_i - x) / (K eta_l), and correction = c - c_i.
-            renewed = jax.tree.map(lambda u, d: -scale * u - d, update.value, correction)
-        trained_part, statistics = split_statistics(renewed)
-        renewed = join_statistics(trained_part, optax.tree.zeros_like(statistics))
-        change = jax.tree.map(jnp.subtract, renewed, control)
-        return (
-            update._replace(value=Sent(update.value, change)),
-            trained._replace(own=Control(renewed)),
-        )
+            renewed = jax.tree.map(lambda u, d: -scale * u - d, params, correction)
+        sent = Sent(params, jax.tree.map(jnp.subtract, renewed, control))
+        value = join_statistics(sent, statistics)
+        return update._replace(value=value), trained._replace(own=Control(renewed))
 
     work = ClientWork(client_init, client_step, client_finish)
 
+    def first_control(params):
+        return optax.tree.zeros_like(split_statistics(params)[0])
+
+    def first_sent(params):
+        trained, statistics = split_statistics(params)
+        return join_statistics(Sent(trained, trained), statistics)
+
     def init(params, key):
-        return ServerState(
-            params,
-            optax.tree.zeros_like(params),
-            carrying_statistics(server_optimizer).init(params),
-            aggregator.init(Sent(params, params)),
-        )
+        opt_state = carrying_statistics(server_optimizer).init(params)
+        aggregator_state = aggregator.init(first_sent(params))
+        return ServerState(params, first_control(params), opt_state, aggregator_state)
 
     def round_(state, cohort, for_each_client):
         if option == 1:
             _, gradients = for_each_client(full_gradient(task), state, cohort, "full")
-            cohort = _renewing(cohort, gradients)
+            cohort = _renewing(cohort, split_statistics(gradients)[0])
         shared = Shared(state.params, extra=state.control)
         sent = aggregate(for_each_client, aggregator, state.aggregator, work, shared, cohort)
+        received, statistics = split_statistics(sent.update)
         share = cohort.size / cohort.population
-        control = jax.tree.map(lambda c, d: c + share * d, state.control, sent.update.control)
-        params, opt_state = server_step(
-            server_optimizer, sent.update.params, state.opt_state, state.params
-        )
-        metrics = round_metrics(task, sent._replace(update=sent.update.params))
+        control = jax.tree.map(lambda c, d: c + share * d, state.control, received.control)
+        update = join_statistics(received.params, statistics)
+        params, opt_state = server_step(server_optimizer, update, state.opt_state, state.params)
+        metrics = round_metrics(task, sent._replace(update=update))
         state = ServerState(params, control, opt_state, sent.state)
         return RoundOutput(state, *metrics, sent.states(sent.each.own))
 
@@ -143,8 +144,8 @@ def scaffold(
         round_,
         init_client(
             aggregator,
-            own=lambda params: Control(optax.tree.zeros_like(params)),
-            sent=lambda params: Sent(params, params),
+            own=lambda params: Control(first_control(params)),
+            sent=first_sent,
         ),
         passes={"full": full_pass(full_batch_size)} if option == 1 else {},
     )

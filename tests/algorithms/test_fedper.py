@@ -6,16 +6,16 @@ import jax
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
 
 from fedexp.algorithms import fedper
 from fedexp.algorithms.parts import merge, split
-from fedexp.data import ClientBatching, FederatedDataset
+from fedexp.data import ClientBatching
 from fedexp.engine import Engine, Packing, jit, mesh
 from fedexp.errors import UserError
 from fedexp.tasks import classification
 from tests.support import linear
 from tests.support.clients import COHORTS, batches, client_states, first, gradient, run, vector
+from tests.support.normalised import Normalised, clients_of_other_scales
 
 RATE = 0.05
 STRATEGIES = [jit, lambda: jit(Packing(lanes=3))]
@@ -70,24 +70,6 @@ def test_what_is_frozen_is_neither_trained_nor_copied(strategy):
     theta, _ = reference(local=False, frozen=True)
     np.testing.assert_allclose(vector(state.params), theta, rtol=1e-5, atol=1e-5)
     assert engine.client_states is None
-
-
-class Normalised(nn.Module):
-    @nn.compact
-    def __call__(self, x, train=False, mask=None):
-        x = nn.BatchNorm(use_running_average=not train, momentum=0.5)(
-            nn.Dense(4)(x), mask=None if mask is None else mask[:, None]
-        )
-        return nn.Dense(3)(nn.relu(x))
-
-
-def clients_of_other_scales() -> FederatedDataset:
-    rng, clients = np.random.default_rng(0), {}
-    for i in range(4):
-        y = rng.integers(0, 3, 11)
-        x = (rng.normal(size=(11, 2)) + y[:, None]) * 3**i
-        clients[str(i)] = {"x": x.astype(np.float32), "y": y.astype(np.int32)}
-    return FederatedDataset.from_clients(clients)
 
 
 @pytest.mark.parametrize("strategy", [jit, lambda: jit(Packing(lanes=3)), mesh])

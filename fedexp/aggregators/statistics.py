@@ -1,0 +1,54 @@
+"""Statistics of a model that are not trained, sent past the aggregator."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from fedexp.aggregators.mean import mean
+from fedexp.contracts import Aggregated, Aggregator, Cohort, PyTree, Sent, Update
+from fedexp.errors import UserError
+from fedexp.tasks import join_statistics, split_statistics
+
+
+def carrying_statistics(aggregator: Aggregator) -> Aggregator:
+    """Applies an aggregator to what is trained, and the mean to the statistics of updates that have any.
+
+    BatchNorm's running means and variances are on a scale of their own: clipped with the parameters, or among
+    the largest entries of both, they would end up wrong. An update without statistics is the aggregator's.
+
+    Raises:
+      UserError: from `init`, statistics that a private aggregator would not protect.
+    """
+    average, of_client = mean(), aggregator.init_client
+
+    def init(value: PyTree) -> PyTree:
+        trained, statistics = split_statistics(value)
+        if aggregator.private and jax.tree.leaves(statistics):
+            raise UserError(
+                f"{', '.join(sorted(statistics))} would be sent without noise, and tell of the clients' "
+                "data; keep it local (fedper.local), or take a model with GroupNorm"
+            )
+        return aggregator.init(trained)
+
+    def client(state: PyTree, update: Update, client_state: PyTree, key: jax.Array) -> Sent:
+        trained, statistics = split_statistics(update.value)
+        sent = aggregator.client(state, update._replace(value=trained), client_state, key)
+        past = update._replace(value=statistics)
+        past = average.client((), past, None, key).total if statistics else ()
+        return sent._replace(total=(sent.total, past))
+
+    def server(
+        state: PyTree, total: PyTree, each: PyTree, later: PyTree, cohort: Cohort, key: jax.Array
+    ) -> Aggregated:
+        total, past = total
+        result = aggregator.server(state, total, each, later, cohort, key)
+        statistics = average.server((), past, (), None, cohort, key).update if past else {}
+        return result._replace(update=join_statistics(result.update, statistics))
+
+    init_client = of_client and (lambda value: of_client(split_statistics(value)[0]))
+
+    return dataclasses.replace(
+        aggregator, client=client, server=server, init=init, init_client=init_client
+    )

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `<directory>/<round>` with two Orbax items: `state`, a flat dict of the
 state's arrays named by their path (`params.Dense_0.kernel`), and `about`, a JSON of the caller's
-metadata and every array's dtype, shape and checksum.
+metadata and every array's dtype, shape and checksum. What is found out about a round after it was saved, as
+by a long evaluation, is added in `added.json`.
 
 Checkpoints in a bucket go through a `mirror`.
 """
@@ -30,6 +31,7 @@ from fedexp.errors import UserError
 from fedexp.mirror import Mirror
 
 PyTree = Any
+_ADDED = "added.json"
 
 
 def import_ahead() -> None:
@@ -102,12 +104,15 @@ class Saved(NamedTuple):
       state: the server's.
       history: one row per evaluation.
       best: the best metric's best value, or None.
+      report: what JSON can hold of a round whose evaluations are still to come; None once they are in
+        `history`, and for a round without any.
     """
 
     done: int
     state: PyTree
     history: list[dict[str, float]]
     best: float | None
+    report: dict[str, Any] | None = None
 
 
 class Saver:
@@ -140,24 +145,31 @@ class Saver:
             )
         self._best_metric = plan.best_metric
         self._saved = self._checkpointer.latest() if self._checkpointer else None
+        self._is_waiting = False  # For the evaluations of the round that is saved.
 
-    def save(self, saved: Saved, measured: float | None) -> None:
-        """Saves, unless this round is saved already.
+    @property
+    def latest(self) -> int | None:
+        """The round of the latest checkpoint, perhaps under way; None if there is none."""
+        return self._saved
+
+    def save(self, saved: Saved, measured: float | None = None) -> None:
+        """Saves; of a round that was saved before its evaluations, only what they have found.
 
         Args:
           saved: what to save.
           measured: the best metric after this round, if it was evaluated.
         """
-        if not self._checkpointer or self._saved == saved.done:
+        if not self._checkpointer:
             return
-        clients = self._client_states.save() if self._client_states else {}
-        self._checkpointer.save(
-            saved.done,
-            {"server": saved.state, "clients": clients},
-            metadata={"history": saved.history, "best": saved.best, "data": self._data},
-            metrics=None if measured is None else {str(self._best_metric): measured},
-        )
-        self._saved = saved.done
+        found = {"history": saved.history, "best": saved.best, "report": saved.report}
+        metrics = None if measured is None else {str(self._best_metric): measured}
+        if self._saved != saved.done:
+            clients = self._client_states.save() if self._client_states else {}
+            state = {"server": saved.state, "clients": clients}
+            self._checkpointer.save(saved.done, state, {**found, "data": self._data}, metrics)
+        elif self._is_waiting and saved.report is None:
+            self._checkpointer.add(saved.done, found, metrics)
+        self._saved, self._is_waiting = saved.done, saved.report is not None
 
     def restore(self, state: PyTree) -> Saved | None:
         """The latest checkpoint, for a first state like its own; None if there is none.
@@ -179,7 +191,9 @@ class Saver:
                 )
         if self._client_states:
             self._client_states.load(saved["clients"])
-        return Saved(self._saved, saved["server"], metadata["history"], metadata["best"])
+        report = metadata.get("report")
+        self._is_waiting = report is not None
+        return Saved(self._saved, saved["server"], metadata["history"], metadata["best"], report)
 
     def wait(self) -> None:
         """Returns when the save under way is complete."""
@@ -230,22 +244,12 @@ class Checkpointer:
         self._best_metric = best_metric
         self._bucket = Mirror(str(directory)) if paths.is_remote(directory) else None
         self._directory = str(directory) if self._bucket else os.path.abspath(directory)
-        folder = self._bucket.folder if self._bucket else Path(self._directory)
+        self._folder = folder = self._bucket.folder if self._bucket else Path(self._directory)
+        self._sign = 1 if best_mode == "max" else -1
+        self._values: dict[int, float] = {}  # Round -> its value of the best metric.
         policies = ocp.checkpoint_managers
-        preserved: list[Any] = [policies.LatestN(keep)]
-        if best_metric is not None:
-            preserved.append(
-                policies.BestN(
-                    get_metric_fn=lambda metrics: metrics[best_metric],
-                    reverse=best_mode == "min",
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(preserved),
-            best_fn=(lambda metrics: metrics[best_metric]) if best_metric else None,
-            best_mode=best_mode,
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), self]),
             cleanup_tmp_directories=True,
             # In the background, a failure to make them leaves threads that keep the process alive.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
@@ -265,6 +269,11 @@ class Checkpointer:
                 f"A checkpoint in {self._directory} is damaged: {_first_line(error)}. Delete its "
                 "folder, or choose another folder."
             ) from error
+        for round in self._manager.all_steps() if best_metric is not None else ():
+            try:
+                self._note(round, self._about(round)["metrics"])
+            except Exception as error:
+                raise self._damaged(round, error) from error
 
     def save(
         self,
@@ -293,11 +302,12 @@ class Checkpointer:
         """
         json.dumps(dict(metadata))  # A TypeError here rather than in Orbax's thread.
         arrays = _host_arrays(_without_keys(state))
+        tracked = self._tracked(metrics)
         about = {
             "metadata": dict(metadata),
             "arrays": {name: _description(array) for name, array in arrays.items()},
+            "metrics": tracked,
         }
-        tracked = self._tracked(metrics)
         args = self._ocp.args
         self.wait()
         try:
@@ -308,6 +318,8 @@ class Checkpointer:
                         f"{round} cannot be saved there. Use another folder, or delete {later}."
                     )
                 self._manager.delete(later)
+                self._values.pop(later, None)
+            self._note(round, tracked)
             self._manager.save(
                 round,
                 args=args.Composite(
@@ -315,7 +327,6 @@ class Checkpointer:
                     state=args.PyTreeSave({n: a for n, a in arrays.items() if a.size}),
                     about=args.JsonSave(about),
                 ),
-                metrics=tracked,
                 force=True,
             )
             if self._bucket:
@@ -325,6 +336,36 @@ class Checkpointer:
         except Exception as error:
             raise self._cannot_write(error) from error
 
+    def add(
+        self, round: int, metadata: Mapping[str, Any], metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Adds to a checkpoint what was found out after `save`, once that is complete; all of it or nothing.
+
+        Args:
+          round: of the checkpoint.
+          metadata: what `restore` returns besides, and instead of, what was saved.
+          metrics: see `save`.
+
+        Raises:
+          UserError: writing failed, now or in the save before.
+        """
+        added = {"metadata": dict(metadata), "metrics": self._tracked(metrics)}
+        self.wait()
+        self._note(round, added["metrics"])
+        if jax.process_index() != 0:
+            return
+        try:
+            for folder in dict.fromkeys([str(self._folder), self._directory]):
+                paths.write(os.path.join(folder, str(round), _ADDED), json.dumps(added))
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Whether each is the best one; for Orbax."""
+        del context
+        best = self._best_of([checkpoint.step for checkpoint in checkpoints])
+        return [checkpoint.step == best for checkpoint in checkpoints]
+
     def latest(self) -> int | None:
         """The round of the most recent checkpoint, or None; waits for a save under way."""
         self.wait()
@@ -333,7 +374,7 @@ class Checkpointer:
     def best(self) -> int | None:
         """The best checkpoint's round by `best_metric`, or None; waits for a save under way."""
         self.wait()
-        return self._manager.best_step() if self._best_metric is not None else None
+        return self._best_of(self._manager.all_steps())
 
     def restore(self, round: int | None, template: PyTree) -> tuple[PyTree, dict[str, Any]]:
         """Reads a checkpoint, bit for bit.
@@ -364,15 +405,11 @@ class Checkpointer:
             read: Any = self._manager.restore(
                 round, args=args.Composite(state=args.PyTreeRestore(), about=args.JsonRestore())
             )
-            described, metadata = read.about["arrays"], read.about["metadata"]
+            described = read.about["arrays"]
+            metadata = read.about["metadata"] | self._added(round).get("metadata", {})
             arrays = {name: _checked(name, read.state, *described[name]) for name in described}
         except Exception as error:
-            earlier = [r for r in rounds if r < round]
-            go_on = f"go on from round {earlier[-1]}" if earlier else "start over"
-            raise UserError(
-                f"The checkpoint {path} is damaged: {_first_line(error)}. "
-                f"Delete that folder to {go_on}."
-            ) from error
+            raise self._damaged(round, error) from error
         plain = _fill(_without_keys(template), arrays, path)
         return jax.tree.map(_as_key, plain, template), metadata
 
@@ -394,6 +431,28 @@ class Checkpointer:
             if self._bucket:
                 self._bucket.close()
 
+    def _about(self, round: int) -> dict[str, Any]:
+        """What is known of a checkpoint besides its arrays."""
+        args = self._ocp.args.Composite(about=self._ocp.args.JsonRestore())
+        return {
+            "metrics": None,
+            **self._manager.restore(round, args=args).about,
+            **self._added(round),
+        }
+
+    def _added(self, round: int) -> dict[str, Any]:
+        path = self._folder / str(round) / _ADDED
+        return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+    def _note(self, round: int, tracked: Mapping[str, float] | None) -> None:
+        value = (tracked or {}).get(str(self._best_metric))
+        if value is not None:
+            self._values[round] = self._sign * value
+
+    def _best_of(self, rounds: Sequence[int]) -> int | None:
+        known = [(self._values[round], round) for round in rounds if round in self._values]
+        return max(known)[1] if known else None
+
     def _tracked(self, metrics: Mapping[str, float] | None) -> dict[str, float] | None:
         if metrics is None or self._best_metric is None:
             return None
@@ -404,6 +463,16 @@ class Checkpointer:
             )
         value = float(metrics[self._best_metric])
         return None if np.isnan(value) else {self._best_metric: value}
+
+    def _damaged(self, round: int, error: Exception) -> UserError:
+        rounds = sorted(self._manager.all_steps())
+        earlier = [r for r in rounds if r < round]
+        go_on = f"go on from round {earlier[-1]}" if earlier else "start over"
+        go_on = "do without it" if round < rounds[-1] else go_on
+        return UserError(
+            f"The checkpoint {os.path.join(self._directory, str(round))} is damaged: "
+            f"{_first_line(error)}. Delete that folder to {go_on}."
+        )
 
     def _cannot_write(self, error: Exception) -> UserError:
         return UserError(

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gin
@@ -227,11 +227,13 @@ class Reports:
         observers: Sequence[Observer],
         workdir: str | os.PathLike | None,
         done: int,
+        latest_checkpoint: Callable[[], int | None] = lambda: None,
     ):
         self.note = 0
         self._session = session
         self._workdir = workdir
         self._done = done
+        self._latest_checkpoint = latest_checkpoint
         self._observers = observers if runtime.is_first() else ()
         self._expected: Round | None = None
         self._last: RoundReport | None = None
@@ -259,9 +261,20 @@ class Reports:
         for observer in self._observers:
             observer.say(message)
 
+    @property
+    def last(self) -> RoundReport | None:
+        """The report of the last round that has been caught up with."""
+        return self._last
+
     def expect(self, round_: Round) -> None:
         """Notes a round that is on its way."""
         self._expected = round_
+
+    def tell_again(self, report: RoundReport) -> None:
+        """Tells of a round that was done before, but not evaluated."""
+        self._last = report
+        for observer in self._observers:
+            observer.round(report)
 
     def catch_up(self) -> None:
         """Waits for the round on its way, if there is one, and reports it.
@@ -278,7 +291,7 @@ class Reports:
         seconds, self._clock = now - self._clock, now
         if not round_.is_finite():
             for name, value in round_.measured().items():
-                _check_finite(round_.number, name, value, self._workdir)
+                _check_finite(round_.number, name, value, self._kept())
         self._round_seconds.append(seconds)
         prepared = round_.prepared
         assert prepared is not None  # Only rounds that have been sent are expected.
@@ -309,7 +322,7 @@ class Reports:
         self._evaluation_seconds.append(seconds)
         values = row(results)
         for name, value in values.items():
-            _check_finite(round_.number, name, value, self._workdir)
+            _check_finite(round_.number, name, value, self._kept())
         trained = self._last.metrics if self._last else {}
         names = {f"train/{name}": None for result in results.values() for name in result.metrics}
         algorithm = self._session.algorithm
@@ -335,7 +348,7 @@ class Reports:
         for path, finite in jax.tree_util.tree_leaves_with_path(_finite(round_.params)):
             if not finite:
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
-                raise _diverged(round_.number, f"the parameter {name}", "not finite", self._workdir)
+                raise _diverged(round_.number, f"the parameter {name}", "not finite", self._kept())
         for observer in self._observers:
             observer.flush()
 
@@ -344,7 +357,7 @@ class Reports:
         if self._workdir is None or not runtime.is_first():
             return
         path = os.path.join(self._workdir, "final.json")
-        if not self._round_seconds and paths.exists(path) and paths.read_text(path).strip():
+        if not self._round_seconds + self._evaluation_seconds and _tells(path, history):
             return
         final = {
             "rounds": self._session.setup.num_rounds,
@@ -353,6 +366,13 @@ class Reports:
             "perf": self._perf(),
         }
         _write(path, json.dumps(final, indent=2) + "\n")
+
+    def _kept(self) -> str:
+        """Says what there is to go on from."""
+        latest = self._latest_checkpoint()
+        if self._workdir is None or latest is None:
+            return ""
+        return f" The latest checkpoint in {self._workdir} is of round {latest}."
 
     def _perf(self) -> dict[str, float]:
         """Timings of this process's part of the run."""
@@ -371,19 +391,24 @@ def _is_of_round(name: str) -> bool:
     return name == "round" or name.startswith("train/")
 
 
-def _check_finite(
-    done: int, name: str, value: float | np.ndarray, workdir: str | os.PathLike | None
-) -> None:
+def _tells(path: str, history: Sequence[Mapping[str, float]]) -> bool:
+    """Whether a `final.json` is there, and of this run."""
+    try:
+        return json.loads(paths.read_text(path))["history"] == list(history)
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def _check_finite(done: int, name: str, value: float | np.ndarray, kept: str) -> None:
     culprit = np.asarray(value)[~np.isfinite(value)]
     if len(culprit.flat):
-        raise _diverged(done, name, str(culprit.flat[0]), workdir)
+        raise _diverged(done, name, str(culprit.flat[0]), kept)
 
 
-def _diverged(done: int, name: str, what: str, workdir: str | os.PathLike | None) -> UserError:
+def _diverged(done: int, name: str, what: str, kept: str) -> UserError:
     return UserError(
         f"round {done}: {name} is {what}. The run diverged: lower a learning rate or clip the client "
-        "updates; the strategy @debug() names the client and the step."
-        + (f" The checkpoints in {workdir} are from before." if workdir else "")
+        "updates; the strategy @debug() names the client and the step." + kept
     )
 
 

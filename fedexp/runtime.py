@@ -113,10 +113,13 @@ def is_first() -> bool:
 
 
 @contextlib.contextmanager
-def leaving_a_broken_group() -> Iterator[None]:
+def leaving_a_broken_group(way_on: Callable[[], str]) -> Iterator[None]:
     """Ends this process when it cannot go on with the others, as when one of them is lost.
 
     An orderly end would wait for the lost process at the next barrier.
+
+    Args:
+      way_on: how the run can go on.
     """
     try:
         yield
@@ -125,8 +128,8 @@ def leaving_a_broken_group() -> Iterator[None]:
             raise
         if is_about_others(error):
             exit_process(
-                f"error: another process is lost ({_first_line(error)}). The same command, on as "
-                "many processes as there are now, goes on from the last checkpoint.",
+                f"error: another process is lost ({_first_line(error)}); on as many processes as "
+                f"there are now, {way_on()}",
                 EXIT_LOST,
             )
         if isinstance(error, UserError):  # Met by all processes in the same round.

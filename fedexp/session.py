@@ -223,12 +223,20 @@ class Session:
 
     def evaluate(self, round_: Round, which: Iterable[int], full: bool) -> dict[str, Evaluation]:
         """Results of some of the evaluations after a round, by group."""
-        cohort = round_.prepared.clients if round_.prepared else np.zeros(0, np.int64)
-        plans = self.setup.evaluations
+        cohort, plans = self._cohort(round_), self.setup.evaluations
         return {
             plans[i].name: self.evaluations[i](round_.state, round_.number, cohort, full)
             for i in which
         }
+
+    def _cohort(self, round_: Round) -> np.ndarray:
+        """Whom a round trained; one that was restored is drawn again."""
+        if round_.prepared is not None:
+            return round_.prepared.clients
+        if round_.number == 0:
+            return np.zeros(0, np.int64)
+        ids = self.setup.dataset.train.client_ids
+        return self._sampler.sample(ids, self.setup.seed, round_.number - 1).clients
 
     def _algorithm(self) -> Algorithm:
         given = self.setup.algorithm

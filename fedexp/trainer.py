@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
+import io
+import itertools
+import json
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import gin
 import jax
+import numpy as np
 
 from fedexp import algorithms, cache, config, models, paths, profiling, runtime  # noqa: F401  For Gin's names.
 from fedexp.checkpointing import CheckpointPlan, Saved, Saver, import_ahead
 from fedexp.errors import UserError
 from fedexp.evaluation import Evaluation
-from fedexp.reporting import Observer, Progress, Reports, TensorBoard
+from fedexp.reporting import Observer, Progress, Reports, RoundReport, TensorBoard
 from fedexp.session import Round, Session, Setup, row
 
 PyTree = Any
@@ -111,28 +116,35 @@ class Experiment(Setup):
             saver = Saver(workdir, plan, session.engine.client_states, fingerprints)
             stack.callback(saver.close)
             start = saver.restore(session.first.state) or Saved(0, session.first.state, [], None)
-            round_, history, best = (
-                Round(session, start.done, start.state),
-                start.history,
-                start.best,
-            )
-            reports = Reports(session, self.observers, workdir, start.done)
+            round_ = Round(session, start.done, start.state)
+            history, best = start.history, start.best
+            # Of a round that was saved before its evaluations, everything is told anew.
+            told = start.done - (start.report is not None)
+            reports = Reports(session, self.observers, workdir, told, lambda: saver.latest)
             stack.enter_context(reports)
             stop = stack.enter_context(runtime.stop_signals(reports.say))
-            stack.enter_context(runtime.leaving_a_broken_group())
+            stack.enter_context(runtime.leaving_a_broken_group(lambda: _way_on(workdir, saver)))
             rounds = session.rounds(
                 round_, lambda: stop() or 0, self._recorder(reports, workdir, start.done)
             )
             stack.enter_context(contextlib.closing(rounds))
+            if start.report is not None:
+                reports.tell_again(_report(start.report))
+            again = [] if start.report is None else [round_]
             stopped_by = None
-            for round_ in rounds:
+            for round_ in itertools.chain(again, rounds):
                 reports.catch_up()  # With the round before, while this one runs.
-                reports.expect(round_)
+                if round_.prepared is not None:
+                    reports.expect(round_)
                 done = round_.number
                 last = done == self.num_rounds
                 save = last or bool(plan.every and done % plan.every == 0)
                 measured = None
                 which = [i for i, e in enumerate(self.evaluations) if last or e.is_due(done)]
+                if save and which:  # Evaluations may take long, and fail.
+                    reports.catch_up()
+                    reports.before_checkpoint(round_)
+                    saver.save(Saved(done, round_.state, history, best, _saved(reports.last)))
                 if which:
                     reports.catch_up()
                     results, measured = self._measure(session, round_, which, last, plan)
@@ -145,7 +157,10 @@ class Experiment(Setup):
                     reports.before_checkpoint(round_)
                     saver.save(Saved(done, round_.state, history, best), measured)
                 if stopped_by:
-                    reports.say(f"stopped after round {done}; the same command goes on from there")
+                    way_on = "the same command goes on from there"
+                    if workdir is None:
+                        way_on = "nothing is kept without a workdir"
+                    reports.say(f"stopped after round {done}; {way_on}")
                     break
             saver.wait()
             if stopped_by is None:
@@ -185,3 +200,37 @@ class Experiment(Setup):
             if isinstance(evaluation.clients, int) and evaluation.name == group:
                 values |= row(session.evaluate(round_, [i], full=False))
         return results, values.get(str(plan.best_metric))
+
+
+def _way_on(workdir: str | os.PathLike | None, saver: Saver) -> str:
+    """How a run that loses a process can go on."""
+    if workdir is None:
+        return "the same command starts afresh, for nothing is kept without a workdir"
+    if saver.latest is None:
+        return "the same command starts afresh, for there is no checkpoint yet"
+    return "the same command goes on from the latest checkpoint"
+
+
+def _saved(report: RoundReport | None) -> dict[str, Any]:
+    """A round's report as JSON can hold it, bit for bit."""
+    assert report is not None  # A round that is saved has been caught up with.
+    arrays = {name: _as_text(getattr(report, name)) for name in ("arrays", "per_client")}
+    return {**report._asdict(), **arrays}
+
+
+def _report(saved: dict[str, Any]) -> RoundReport:
+    """The inverse of `_saved`."""
+    arrays = {name: _as_arrays(saved[name]) for name in ("arrays", "per_client")}
+    return RoundReport(**{**saved, **arrays})
+
+
+def _as_text(arrays: dict[str, np.ndarray]) -> str:
+    file = io.BytesIO()
+    np.savez(file, *arrays.values())
+    return json.dumps([list(arrays), base64.b64encode(file.getvalue()).decode()])
+
+
+def _as_arrays(text: str) -> dict[str, np.ndarray]:
+    names, encoded = json.loads(text)
+    arrays = np.load(io.BytesIO(base64.b64decode(encoded)), allow_pickle=False)
+    return {name: arrays[f"arr_{i}"] for i, name in enumerate(names)}

@@ -389,12 +389,31 @@ def test_the_only_checkpoint_damaged(tmp_path):
         checkpointer.restore(None, {"a": 1})
 
 
-def test_damaged_metrics_are_found_when_opening(tmp_path):
+@pytest.mark.parametrize("damaged", ["added.json", "about/metadata"])
+def test_damaged_metrics_are_found_when_opening(tmp_path, damaged):
     with opened(tmp_path, best_metric="accuracy") as checkpointer:
         checkpointer.save(1, {"a": 1}, {}, {"accuracy": 0.5})
-    (tmp_path / "1" / "metrics" / "metrics").write_text("{")
-    with pytest.raises(UserError, match=f"in {tmp_path} is damaged"):
+        checkpointer.add(1, {"late": True})
+    (tmp_path / "1" / damaged).write_text("{")
+    with pytest.raises(UserError, match=f"{tmp_path}/1 is damaged"):
         Checkpointer(tmp_path, best_metric="accuracy")
+
+
+def test_what_is_found_out_after_saving_is_added(tmp_path):
+    options = {"keep": 1, "best_metric": "accuracy"}
+    with opened(tmp_path, **options) as checkpointer:
+        checkpointer.save(1, {"a": 1}, {"history": [], "kept": 7})
+        checkpointer.add(1, {"history": [0.5]}, {"accuracy": 0.5})
+        checkpointer.save(2, {"a": 2}, {}, {"accuracy": 0.4})
+    with opened(tmp_path, **options) as checkpointer:
+        assert checkpointer.best() == 1
+        assert checkpointer.restore(1, {"a": 0}) == ({"a": 1}, {"history": [0.5], "kept": 7})
+        checkpointer.save(3, {"a": 3}, {})
+        checkpointer.add(3, {}, {"accuracy": 0.9})
+        checkpointer.save(4, {"a": 4}, {})
+    with opened(tmp_path, **options) as checkpointer:
+        assert checkpointer.best() == 3
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["3", "4"]
 
 
 _SAVE_FOREVER = """

@@ -132,7 +132,7 @@ LOST = [
 def end(error: Exception, monkeypatch, capsys) -> tuple[int, str]:
     """Exit code and stderr of one of two processes that meets an error."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(SystemExit) as ended, runtime.leaving_a_broken_group():
+    with pytest.raises(SystemExit) as ended, runtime.leaving_a_broken_group(lambda: "start afresh"):
         raise error
     return ended.value.code, capsys.readouterr().err
 
@@ -162,10 +162,16 @@ def test_a_lost_process_is_told_in_one_line(message, wrapped, monkeypatch, capsy
 
 def test_what_all_processes_meet_is_passed_on(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(UserError, match="diverged"), runtime.leaving_a_broken_group():
+    with (
+        pytest.raises(UserError, match="diverged"),
+        runtime.leaving_a_broken_group(lambda: "start afresh"),
+    ):
         raise UserError("the run diverged")
 
 
 def test_a_single_process_meets_its_errors_itself():
-    with pytest.raises(jax.errors.JaxRuntimeError), runtime.leaving_a_broken_group():
+    with (
+        pytest.raises(jax.errors.JaxRuntimeError),
+        runtime.leaving_a_broken_group(lambda: "start afresh"),
+    ):
         raise jax.errors.JaxRuntimeError(LOST[0])

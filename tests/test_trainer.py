@@ -95,6 +95,75 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, algorit
     jax.tree.map(np.testing.assert_array_equal, parts.params, whole.params)
 
 
+@pytest.mark.parametrize(
+    ("moment", "clients", "last"), [("during", "cohort", 12), ("after", None, 6)]
+)
+def test_an_evaluation_that_was_cut_short_is_done_again(
+    tmp_path, monkeypatch, moment, clients, last
+):
+    """The round's checkpoint is there before its evaluation, and everything is told once."""
+
+    def go(workdir, num_rounds=last):
+        return run(
+            workdir,
+            num_rounds=num_rounds,
+            evaluations=[Evaluate(every=3, clients=clients, prefix="test")],
+            observers=[TensorBoard(), JsonLines()],
+        )
+
+    def cut(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    whole = go(tmp_path / "whole")
+    go(tmp_path / "parts", 3)
+    with monkeypatch.context() as patch:
+        owner, method = {
+            "during": (Session, "evaluate"),  # Nothing is known yet.
+            "after": (Checkpointer, "add"),  # Observers have been told, the checkpoint not.
+        }[moment]
+        patch.setattr(owner, method, cut)
+        with pytest.raises(KeyboardInterrupt):
+            go(tmp_path / "parts")
+    checkpointer = Checkpointer(tmp_path / "parts" / "checkpoints")
+    assert checkpointer.latest() == 6
+    checkpointer.close()
+    parts = go(tmp_path / "parts")
+    assert parts.history == whole.history
+    jax.tree.map(np.testing.assert_array_equal, parts.params, whole.params)
+    finals = [json.loads((tmp_path / w / "final.json").read_text()) for w in ("whole", "parts")]
+    assert finals[0]["history"] == finals[1]["history"]
+    shown, expected = shown_scalars(tmp_path / "parts"), shown_scalars(tmp_path / "whole")
+    assert shown.keys() == expected.keys() and len(expected) > 5
+    for tag, values in expected.items():
+        np.testing.assert_equal(shown[tag], values)
+    told = [
+        [json.loads(line)["round"] for line in (tmp_path / w / "rounds.jsonl").open()]
+        for w in ("whole", "parts")
+    ]
+    assert told[0] == told[1]
+    options = {"best_metric": "test/mae", "best_mode": "min"}
+    checkpointer = Checkpointer(tmp_path / "parts" / "checkpoints", **options)
+    assert checkpointer.best() == min(whole.history, key=lambda row: row["test/mae"])["round"]
+    checkpointer.close()
+
+
+def shown_scalars(workdir):
+    """(folder, tag) -> [(step, value)] as TensorBoard reads them, without how long things took."""
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
+    shown = {}
+    for folder in {path.parent for path in workdir.rglob("events.*")}:
+        accumulator = EventAccumulator(str(folder), size_guidance={"tensors": 0})
+        accumulator.Reload()
+        for tag in accumulator.Tags()["tensors"]:
+            if not tag.startswith(("perf/", "config/")):
+                events = accumulator.Tensors(tag)
+                values = [(event.step, make_ndarray(event.tensor_proto)) for event in events]
+                shown[folder.relative_to(workdir), tag] = values
+    return shown
+
+
 def noisy_mean() -> Aggregator:
     """A mean and noise on it, from a typed key that is split in every round."""
 
@@ -376,8 +445,8 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path, split, changed):
 def test_a_checkpoint_from_before_there_were_fingerprints_is_accepted(tmp_path, monkeypatch):
     save = Checkpointer.save
 
-    def save_as_before(checkpointer, round_, state, metadata, metrics):
-        assert metadata.keys() == {"history", "best", "data"}
+    def save_as_before(checkpointer, round_, state, metadata, metrics=None):
+        assert metadata.keys() == {"history", "best", "report", "data"}
         metadata = {name: value for name, value in metadata.items() if name != "data"}
         save(checkpointer, round_, state, metadata, metrics)
 

@@ -71,6 +71,8 @@ def averaging(
 ) -> Algorithm:
     """FedAvg's server around clients that do other work.
 
+    Its `round` takes the `extra` of the clients' `Shared` for a fourth argument, if there is any.
+
     Args:
       task: and so on: see `fedavg`.
       work: its `finish` returns (Update, Trained), as `local_training`'s does.
@@ -85,9 +87,9 @@ def averaging(
         opt_state = carrying_statistics(server_optimizer).init(params)
         return ServerState(params, opt_state, aggregator.init(params))
 
-    def round_(state, cohort, for_each_client):
+    def round_(state, cohort, for_each_client, extra=None):
         rate = client_schedule(cohort.round) if client_schedule else None
-        shared = Shared(state.params, rate)
+        shared = Shared(state.params, rate, extra)
         sent = aggregate(for_each_client, aggregator, state.aggregator, work, shared, cohort)
         params, opt_state = server_step(
             server_optimizer, sent.update, state.opt_state, state.params

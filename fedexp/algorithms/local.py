@@ -19,6 +19,7 @@ from fedexp.tasks import (
     carrying_statistics,
     gradient,
     join_statistics,
+    reparametrised,
     split_statistics,
 )
 
@@ -35,11 +36,13 @@ class Shared(NamedTuple):
       params: the server's.
       rate: () factor on the client's learning rate; None for 1.
       extra: what else an algorithm's steps look at.
+      opt_state: what the clients' optimizer starts from; if None, from what its own `init` returns.
     """
 
     params: PyTree
     rate: jax.Array | None = None
     extra: PyTree = None
+    opt_state: PyTree = None
 
 
 class Training(NamedTuple):
@@ -69,8 +72,8 @@ def local_training(
     optimizer: optax.GradientTransformation,
     weigh_by: WeighBy = "examples",
     direction: Direction | None = None,
-    start: Callable[[Any, Clients], PyTree] | None = None,
-    within: Callable[[Any], Task] | None = None,
+    start: Callable[[Shared, Clients], PyTree] | None = None,
+    within: Callable[[Shared], Task] | None = None,
 ) -> ClientWork:
     """A client's steps from the server's parameters; it sends how they have changed.
 
@@ -85,8 +88,7 @@ def local_training(
       within: shared -> the task of the parameters that are trained; `task` if None.
 
     Returns:
-      Work whose `shared` has `params` and `rate` as `Shared` has, and whose `finish` returns
-      (Update, Trained).
+      Work whose `shared` is like `Shared`, and whose `finish` returns (Update, Trained).
 
     Raises:
       UserError: an unknown weigh_by.
@@ -95,11 +97,12 @@ def local_training(
         raise UserError(f"weigh_by must be 'examples', 'tokens' or 'uniform', got {weigh_by!r}")
     optimizer = carrying_statistics(_with_rate(optimizer))
 
-    def init(shared: Any, client: Clients) -> Training:
+    def init(shared: Shared, client: Clients) -> Training:
         params = start(shared, client) if start else shared.params
-        return Training(params, optimizer.init(params), zero_sums(task))
+        opt_state = optimizer.init(params) if shared.opt_state is None else shared.opt_state
+        return Training(params, opt_state, zero_sums(task))
 
-    def step(shared: Any, carry: Training, batch: Batch, key: jax.Array) -> Training:
+    def step(shared: Shared, carry: Training, batch: Batch, key: jax.Array) -> Training:
         params, opt_state, sums = carry
         grads, batch_sums = gradient(within(shared) if within else task, params, batch, key)
         if direction:
@@ -109,7 +112,7 @@ def local_training(
         params = optax.apply_updates(params, updates)
         return Training(params, opt_state, jax.tree.map(jnp.add, sums, batch_sums))
 
-    def finish(shared: Any, carry: Training, client: Clients) -> tuple[Update, Trained]:
+    def finish(shared: Shared, carry: Training, client: Clients) -> tuple[Update, Trained]:
         update = jax.tree.map(jnp.subtract, carry.params, shared.params)
         weights = {
             "examples": client.num_examples,
@@ -117,6 +120,46 @@ def local_training(
             "uniform": jnp.float32(1),
         }
         return Update(update, weights[weigh_by]), Trained(carry.sums, optax.tree.norm(update))
+
+    return ClientWork(init, step, finish)
+
+
+def training_own(
+    task: Task,
+    work: ClientWork,
+    optimizer: optax.GradientTransformation,
+    model: Callable[[PyTree, PyTree], PyTree],
+) -> ClientWork:
+    """Trains parameters that a client keeps for itself, on the same batches as those that it sends.
+
+    Args:
+      task: the model and its loss.
+      work: `local_training` of what is sent, whose carry it looks at.
+      optimizer: of the client's own parameters, its `ClientState.own`.
+      model: (own, those that will be sent, before the step) -> parameters of the model.
+
+    Returns:
+      Work as `local_training`'s, which keeps the client's own parameters besides.
+    """
+    training = local_training(
+        task,
+        optimizer,
+        start=lambda shared, client: client.state.own,
+        within=lambda shared: reparametrised(task, lambda own: model(own, shared.extra)),
+    )
+
+    def init(shared: Shared, client: Clients) -> tuple[Training, Training]:
+        return work.init(shared, client), training.init(shared, client)
+
+    def step(shared: Shared, carry: tuple, batch: Batch, key: jax.Array) -> tuple:
+        sent, own = carry
+        own = training.step(shared._replace(extra=sent.params), own, batch, key)
+        return work.step(shared, sent, batch, key), own
+
+    def finish(shared: Shared, carry: tuple, client: Clients) -> tuple[Update, Trained]:
+        sent, own = carry
+        update, kept = work.finish(shared, sent, client)
+        return update, kept._replace(own=own.params)
 
     return ClientWork(init, step, finish)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gin
-import jax
 import optax
 
 from fedexp.aggregators import Aggregators, as_aggregator, mean
@@ -24,50 +23,37 @@ def mime(
 ) -> Algorithm:
     """Algorithm 1 of Breaking the centralized barrier (Karimireddy et al. 2021, arXiv:2008.03606).
 
-    Clients step with the base optimizer, its statistics s fixed, along g_i(y) - g_i(x) + c; the server
-    averages their parameters and updates s with c, the mean of the cohort's full gradients at x.
+    Clients step with the base optimizer, its statistics s fixed, along g_i(y) - g_i(x) + c, with `lite` along
+    g_i(y); the server averages their parameters and updates s with c, the cohort's mean full gradient at x.
 
     Args:
       task: the model and its loss.
       optimizer: the base optimizer, its learning rate being the clients'.
-      lite: MimeLite, whose clients step along g_i(y).
+      lite: MimeLite.
       aggregator: of the client updates; `mean()` if None. Every client counts alike.
       full_batch_size: examples a step of the pass for c.
     """
-    aggregator = as_aggregator(aggregator)
-    base = carrying_statistics(optimizer)
+    aggregator, base = as_aggregator(aggregator), carrying_statistics(optimizer)
+
+    def fixed(grads, state, params=None, **extra):
+        return optimizer.update(grads, state, params, **extra)[0], state
 
     def direction(shared, params, grads, batch, key):
-        if lite:
-            return grads
-        _, control = shared.extra
         at_server, _ = gradient(task, shared.params, batch, key)
-        return jax.tree.map(lambda g, at_x, c: g - at_x + c, grads, at_server, control)
+        return optax.tree.add(optax.tree.sub(grads, at_server), shared.extra)
 
-    def fixed(updates, state, params=None):
-        return optimizer.update(updates, state, params)[0], state
-
-    mimicking = optax.GradientTransformation(optimizer.init, fixed)
-    training = local_training(task, mimicking, "uniform", direction)
-
-    def client_init(shared, client):
-        statistics, _ = shared.extra
-        return training.init(shared, client)._replace(opt_state=statistics)
-
-    work = training._replace(init=client_init)
+    mimicking = optimizer._replace(update=fixed)
+    work = local_training(task, mimicking, "uniform", None if lite else direction)
 
     def init(params, key):
         return ServerState(params, base.init(params), aggregator.init(params))
 
     def round_(state, cohort, for_each_client):
-        full = full_gradient(task)
-        control = aggregate(for_each_client, mean(), (), full, state, cohort, "full").update
-        shared = Shared(state.params, extra=(state.opt_state, control))
+        full = aggregate(for_each_client, mean(), (), full_gradient(task), state, cohort, "full")
+        shared = Shared(state.params, extra=full.update, opt_state=state.opt_state)
         sent = aggregate(for_each_client, aggregator, state.aggregator, work, shared, cohort)
-        _, opt_state = base.update(control, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, sent.update)
-        state = ServerState(params, opt_state, sent.state)
+        _, opt_state = base.update(full.update, state.opt_state, state.params)
+        state = ServerState(optax.apply_updates(state.params, sent.update), opt_state, sent.state)
         return RoundOutput(state, *round_metrics(task, sent), sent.states())
 
-    passes = {"full": full_pass(full_batch_size)}
-    return Algorithm(init, round_, init_client(aggregator), passes)
+    return Algorithm(init, round_, init_client(aggregator), {"full": full_pass(full_batch_size)})

@@ -1,4 +1,4 @@
-"""Splitting a tree of parameters by the paths of its leaves, into what travels and what stays."""
+"""Models of which only a part travels: trees of parameters, split by the paths of their leaves."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import re
 from typing import Any, NamedTuple
 
 import jax
+import optax
 
+from fedexp.algorithms.aggregation import ClientState
+from fedexp.algorithms.local import Shared, Trained, Training, WeighBy, local_training
+from fedexp.contracts import Algorithm, Clients, ClientWork, Update, unstepped
 from fedexp.errors import UserError
-from fedexp.tasks import Task, split_statistics
+from fedexp.tasks import Task, reparametrised
 
 PyTree = Any
 
@@ -72,21 +76,85 @@ def merge(*parts: PyTree) -> PyTree:
     )
 
 
-def without(task: Task, frozen: PyTree) -> Task:
-    """The task of the other parameters, in which the frozen ones are constants."""
+def partial_training(
+    task: Task, optimizer: optax.GradientTransformation, weigh_by: WeighBy, local: str | None
+) -> ClientWork:
+    """`local_training` of all but what is frozen, of which only what travels is sent.
 
-    def apply(params, batch, key):
-        return task.apply(merge(params, frozen), batch, key)
+    Args:
+      task: and so on: see `local_training`.
+      optimizer: of local and travelling parameters together.
+      weigh_by: what a client counts for.
+      local: pattern of what the client keeps, its `ClientState.own`; see `split`.
 
-    updating: Any = task.apply_and_update
+    Returns:
+      Work for `partial`, whose `shared.extra` are the frozen parameters.
+    """
 
-    def apply_and_update(params, batch, mask, key):
-        outputs, new = updating(merge(params, frozen), batch, mask, key)
-        _, old = split_statistics(params)
-        kept = jax.tree.map(lambda o, n: None if o is None else n, old, new, is_leaf=_is_none)
-        return outputs, kept
+    def start(shared: Shared, client: Clients) -> PyTree:
+        return merge(shared.params, client.state.own) if local else shared.params
 
-    return dataclasses.replace(task, apply=apply, apply_and_update=updating and apply_and_update)
+    def within(shared: Shared) -> Task:
+        return reparametrised(task, lambda params: merge(params, shared.extra))
+
+    training = local_training(task, optimizer, weigh_by, start=start, within=within)
+
+    def finish(shared: Shared, carry: Training, client: Clients) -> tuple[Update, Trained]:
+        travelling, own, _ = split(carry.params, local)
+        update, kept = training.finish(shared, carry._replace(params=travelling), client)
+        return update, kept._replace(own=own if local else None)
+
+    return training._replace(finish=finish)
+
+
+class PartialState(NamedTuple):
+    """The server state of what travels, the first values of what stays local, and what is frozen."""
+
+    travelling: Any
+    local: PyTree
+    frozen: PyTree
+
+    @property
+    def params(self) -> PyTree:
+        """The whole model, of which evaluations that are not personalised make use."""
+        return merge(self.travelling.params, self.local, self.frozen)
+
+
+def partial(algorithm: Algorithm, local: str | None, frozen: str | None) -> Algorithm:
+    """What `averaging` makes of `partial_training`, as an algorithm of whole models.
+
+    A personalised evaluation measures each client with its own local parameters. See `split` for the
+    patterns.
+
+    Raises:
+      UserError: from `init`, as `split`.
+    """
+    run: Any = algorithm.round
+    first: Any = algorithm.init_client or (lambda travelling: ClientState(None, None))
+
+    def init(params, key):
+        parts = split(params, local, frozen)
+        return PartialState(algorithm.init(parts.travelling, key), parts.local, parts.frozen)
+
+    def round_(state, cohort, for_each_client):
+        output = run(state.travelling, cohort, for_each_client, state.frozen)
+        return output._replace(state=state._replace(travelling=output.state))
+
+    def init_client(params):
+        parts = split(params, local, frozen)
+        state = first(parts.travelling)
+        return state._replace(own=parts.local) if local else state
+
+    def personal(state, client):
+        return merge(state.travelling.params, client.state.own, state.frozen)
+
+    return dataclasses.replace(
+        algorithm,
+        init=init,
+        round=round_,
+        init_client=init_client if local or algorithm.init_client else None,
+        personalise=unstepped(personal) if local else None,
+    )
 
 
 def _is_none(leaf: Any) -> bool:

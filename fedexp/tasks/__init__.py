@@ -9,6 +9,7 @@ from fedexp.tasks.base import gradient as gradient
 from fedexp.tasks.base import masked_sums as masked_sums
 from fedexp.tasks.base import mean_loss as mean_loss
 from fedexp.tasks.base import measures as measures
+from fedexp.tasks.base import reparametrised as reparametrised
 from fedexp.tasks.base import with_derived as with_derived
 from fedexp.tasks.classification import classification as classification
 from fedexp.tasks.flax_task import flax_task as flax_task
@@ -24,5 +25,6 @@ from fedexp.tasks.metrics import top_k_accuracy as top_k_accuracy
 from fedexp.tasks.reconstruction import reconstruction as reconstruction
 from fedexp.tasks.statistics import carrying_statistics as carrying_statistics
 from fedexp.tasks.statistics import join_statistics as join_statistics
+from fedexp.tasks.statistics import of_trained as of_trained
 from fedexp.tasks.statistics import split_statistics as split_statistics
 from fedexp.tasks.tags import tag_prediction as tag_prediction

@@ -85,6 +85,34 @@ class Task:
             raise UserError(f"two metrics are called {twice[0]!r}; rename one")
 
 
+def reparametrised(task: Task, model: Callable[[PyTree], PyTree]) -> Task:
+    """The task of other parameters, of which `model` makes the model's.
+
+    Args:
+      task: of the model's parameters.
+      model: parameters -> those of the model, statistics as well. What the former have no statistics of, or
+        None, is left as it is.
+    """
+
+    def apply(params: PyTree, batch: Features, key: jax.Array | None) -> Any:
+        return task.apply(model(params), batch, key)
+
+    def apply_and_update(
+        params: PyTree, batch: Features, mask: jax.Array, key: jax.Array | None
+    ) -> tuple[Any, dict[str, PyTree]]:
+        assert task.apply_and_update is not None
+        outputs, new = task.apply_and_update(model(params), batch, mask, key)
+        _, old = split_statistics(params)
+        kept = jax.tree.map(
+            lambda o, n: None if o is None else n, old, new, is_leaf=lambda leaf: leaf is None
+        )
+        return outputs, kept
+
+    return dataclasses.replace(
+        task, apply=apply, apply_and_update=task.apply_and_update and apply_and_update
+    )
+
+
 def measures(task: Task, outputs: Any, batch: Features) -> dict[str, Measure]:
     """The loss, as 'loss', and all metrics of a batch, per example."""
     return {

@@ -6,7 +6,7 @@ tree; a model without them has what is under 'params' alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -32,6 +32,22 @@ def split_statistics(tree: PyTree) -> tuple[PyTree, dict[str, PyTree]]:
 def join_statistics(trained: PyTree, statistics: Mapping[str, PyTree]) -> PyTree:
     """The tree that `split_statistics` parts so."""
     return {"params": trained, **statistics} if statistics else trained
+
+
+def of_trained(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+    """Shows a function of trees what is trained of them, and gives its result the first one's statistics.
+
+    >>> of_trained(lambda a, b: a + b)({"params": 1, "batch_stats": 2}, {"params": 3, "batch_stats": 4})
+    {'params': 4, 'batch_stats': 2}
+    """
+
+    def of_whole(tree: PyTree, *others: PyTree) -> PyTree:
+        trained, statistics = split_statistics(tree)
+        return join_statistics(
+            function(trained, *(split_statistics(other)[0] for other in others)), statistics
+        )
+
+    return of_whole
 
 
 def carrying_statistics(

@@ -11,9 +11,10 @@ import pytest
 
 from fedexp.algorithms import apfl
 from fedexp.data import ClientBatching, FederatedSplits, fixed
-from fedexp.engine import Packing, jit
+from fedexp.engine import Engine, Packing, jit
 from fedexp.errors import UserError
 from fedexp.evaluation import Evaluate
+from fedexp.tasks import classification
 from fedexp.trainer import Experiment
 from tests.support import linear
 from tests.support.clients import (
@@ -25,6 +26,7 @@ from tests.support.clients import (
     run,
     vector,
 )
+from tests.support.normalised import Normalised, clients_of_other_scales
 
 RATE, ALPHA_RATE, ALPHA = 0.05, 0.02, 0.3
 
@@ -62,9 +64,9 @@ def test_three_rounds_equal_numpy(strategy):
     assert not np.allclose(alpha, ALPHA)
     np.testing.assert_allclose(vector(output.state.params), w, rtol=1e-5, atol=1e-5)
     states = client_states(engine).own
-    np.testing.assert_allclose(states.v["w"], v[:, :3], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(states.v["b"], v[:, 3], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(states.alpha, alpha, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(states["v"]["w"], v[:, :3], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(states["v"]["b"], v[:, 3], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(states["alpha"], alpha, rtol=1e-4, atol=1e-6)
 
 
 def test_personalised_evaluation_measures_each_client_with_its_mixture():
@@ -96,3 +98,25 @@ def test_personalised_evaluation_measures_each_client_with_its_mixture():
 def test_an_alpha_outside_the_unit_interval_is_refused(alpha):
     with pytest.raises(UserError, match=r"apfl.alpha must be in \[0, 1\]"):
         apfl(linear.task(), optax.sgd(0.1), optax.sgd(1.0), alpha)
+
+
+def test_the_local_model_s_statistics_are_those_of_the_client_s_own_mixture():
+    task, dataset = classification(Normalised(), num_classes=3), clients_of_other_scales()
+    params = task.init(jax.random.key(0), dataset.slice(0, 1))
+    engine = Engine(
+        jit(Packing(lanes=3)),
+        apfl(task, optax.sgd(0.0), optax.sgd(1.0)),
+        dataset,
+        ClientBatching(16),
+        params=params,
+        cohort_size=4,
+        seed=0,
+    )
+    state = engine.run(engine.start(params), engine.prepare(0, np.arange(4))).state
+    layer, everyone = params["params"]["Dense_0"], np.arange(4)
+    own = engine.client_states.gather(everyone, everyone, (4,)).own
+    hidden = [dataset.client(c)["x"] @ layer["kernel"] + layer["bias"] for c in everyone]
+    expected = [(1 + h.var(0)) / 2 for h in hidden]
+    np.testing.assert_allclose(own["batch_stats"]["BatchNorm_0"]["var"], expected, rtol=1e-4)
+    mean = state.params["batch_stats"]["BatchNorm_0"]["var"]
+    np.testing.assert_allclose(mean, np.mean(expected, axis=0), rtol=1e-4)

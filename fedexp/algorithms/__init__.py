@@ -12,6 +12,8 @@ from fedexp.algorithms.fine_tuning import fine_tuning as fine_tuning
 from fedexp.algorithms.local import local_training as local_training
 from fedexp.algorithms.mime import mime as mime
 from fedexp.algorithms.scaffold import scaffold as scaffold
+from fedexp.algorithms.trials import trial as trial
+from fedexp.algorithms.trials import trials as trials
 from fedexp.contracts import Algorithm as Algorithm
 from fedexp.contracts import Clients as Clients
 from fedexp.contracts import ClientWork as ClientWork

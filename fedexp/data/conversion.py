@@ -16,12 +16,7 @@ import functools
 import hashlib
 import json
 import math
-import multiprocessing.resource_tracker
 import os
-import re
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
@@ -30,7 +25,7 @@ import numpy as np
 from absl import logging
 
 from fedexp import paths
-from fedexp.data import packed
+from fedexp.data import packed, workers
 from fedexp.data.dataset import Examples, FederatedDataset
 from fedexp.errors import UserError
 
@@ -146,9 +141,7 @@ def _read_chunk(source: Source, client_ids: Sequence[str]) -> _Chunk:
     if not clients:
         return _Chunk(len(client_ids), {}, {})
     dataset = FederatedDataset.from_clients(clients)
-    for name, array in dataset.features.items():
-        if array.dtype.hasobject:
-            raise UserError(f"feature {name!r} holds Python objects; encode it")
+    dataset.check()
     sizes = dict(zip(clients, dataset.client_sizes.tolist(), strict=True))
     return _Chunk(len(client_ids), sizes, dict(dataset.features))
 
@@ -162,6 +155,7 @@ class _Part:
         self._sizes: dict[str, int] = {}
         self._layout: dict[str, list] = {}
         self._files: list[BinaryIO] = []
+        self._digest = hashlib.sha256()  # Of all lines so far, which every line begins with.
         with packed.writing(folder):
             self._journal = _open(folder / _JOURNAL)
             end = 0
@@ -184,9 +178,11 @@ class _Part:
             for file, rows in zip(self._open_files(record), chunk.features.values(), strict=True):
                 file.write(_bytes(rows))
                 _flush(file)
-            self._journal.write(json.dumps(record).encode() + b"\n")
+            text = json.dumps(record).encode()
+            digest = self._digest_with(text)
+            self._journal.write(digest.hexdigest().encode() + b" " + text + b"\n")
             _flush(self._journal)
-        self._count(record)
+        self._count(record, digest)
 
     def seal(self, directory: Path) -> None:
         """Completes the files and gives the folder its name."""
@@ -213,11 +209,12 @@ class _Part:
         """Takes over a line of the journal, if it is whole and the rows it tells of are there."""
         if not line.endswith(b"\n"):
             return False
-        try:
-            record = json.loads(line)
-            files = self._open_files(record)
-        except (ValueError, KeyError, TypeError):
+        written, _, text = line[:-1].partition(b" ")
+        digest = self._digest_with(text)
+        if written != digest.hexdigest().encode():
             return False
+        record = json.loads(text)
+        files = self._open_files(record)
         num_rows = sum(record["sizes"].values())
         starts = [file.tell() for file in files]
         found = [
@@ -228,8 +225,13 @@ class _Part:
             for file, start in zip(files, starts, strict=True):
                 file.seek(start)
             return False
-        self._count(record)
+        self._count(record, digest)
         return True
+
+    def _digest_with(self, line: bytes) -> hashlib._Hash:
+        digest = self._digest.copy()
+        digest.update(line)
+        return digest
 
     def _open_files(self, record: dict) -> list[BinaryIO]:
         """The files of this record's features, the first record having created them."""
@@ -247,7 +249,8 @@ class _Part:
             )
         return self._files if layout else []
 
-    def _count(self, record: dict) -> None:
+    def _count(self, record: dict, digest: hashlib._Hash) -> None:
+        self._digest = digest
         self.num_clients += record["num_clients"]
         self._sizes |= record["sizes"]
 
@@ -285,64 +288,23 @@ def _reader(
     if not num_workers:
         yield functools.partial(map, functools.partial(_read_chunk, source))
         return
-    import loky  # Its workers, unlike multiprocessing's, do not import the main module.
+    with workers.pool(num_workers, _begin_worker, source) as submit:
 
-    def submit(client_ids: list[str]) -> concurrent.futures.Future:
-        try:
-            return starter.submit(executor.submit, _read_in_worker, client_ids).result()
-        except loky.BrokenProcessPool as error:  # The chunks before this one may be whole.
-            future = concurrent.futures.Future()
-            future.set_exception(error)
-            return future
-
-    def read(chunks: Iterable[list[str]]) -> Iterator[_Chunk]:
-        under_way: collections.deque[concurrent.futures.Future] = collections.deque()
-        for client_ids in chunks:
-            under_way.append(submit(client_ids))
-            if len(under_way) > 2 * num_workers:
+        def read(chunks: Iterable[list[str]]) -> Iterator[_Chunk]:
+            under_way: collections.deque[concurrent.futures.Future] = collections.deque()
+            for client_ids in chunks:
+                under_way.append(submit(_read_in_worker, client_ids))
+                if len(under_way) > 2 * num_workers:
+                    yield under_way.popleft().result()
+            while under_way:
                 yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
 
-    with contextlib.ExitStack() as stack:
-        executor = loky.ProcessPoolExecutor(
-            num_workers, initializer=_begin_worker, initargs=(source, os.getpid())
-        )
-        stack.callback(executor.shutdown, kill_workers=True)
-        # Ctrl-C is for the main thread alone: what this thread starts inherits that it is blocked.
-        starter = stack.enter_context(
-            concurrent.futures.ThreadPoolExecutor(1, initializer=_block_interrupts)
-        )
-        try:
-            yield read
-        except loky.process_executor.TerminatedWorkerError as error:
-            exit_codes = ", ".join(re.findall(r"\((-?\d+)\)", str(error))) or "unknown"
-            raise UserError(
-                f"a worker of the conversion ended with exit code {exit_codes}, perhaps for lack of "
-                "memory; run again with a smaller num_workers, it goes on where it stopped"
-            ) from error
+        yield read
 
 
-def _block_interrupts() -> None:
-    from loky.backend import resource_tracker
-
-    # Both trackers unblock the signal in the thread that starts them, so they are started first.
-    resource_tracker.ensure_running()
-    multiprocessing.resource_tracker.ensure_running()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-
-
-def _begin_worker(source: Source, parent: int) -> None:
+def _begin_worker(source: Source) -> None:
     global _source_of_worker
     _source_of_worker = source
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """Ends this worker soon after its parent, which may be killed without a chance to say so."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
 
 
 def _read_in_worker(client_ids: list[str]) -> _Chunk:

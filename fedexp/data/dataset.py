@@ -7,11 +7,12 @@ import functools
 import hashlib
 import json
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from fedexp.data import values
 from fedexp.errors import UserError
 
 Examples = dict[str, np.ndarray]
@@ -29,6 +30,8 @@ class FederatedDataset:
         labels).
       offsets: (num_clients + 1,) int64, ascending from 0 to num_examples.
       client_ids: (num_clients,) str.
+      checked: whether `check` has gone through the values; data from the cache have been checked when
+        they were packed.
 
     Raises:
       UserError: features and offsets that disagree, duplicate client ids, or a client without
@@ -38,6 +41,7 @@ class FederatedDataset:
     features: Mapping[str, np.ndarray]
     offsets: np.ndarray
     client_ids: np.ndarray
+    checked: bool = False
 
     def __post_init__(self) -> None:
         features = {name: _read_only(array) for name, array in self.features.items()}
@@ -119,6 +123,25 @@ class FederatedDataset:
             offsets=_offsets(list(sizes.values())),
             client_ids=np.array(list(arrays), np.str_),
         )
+
+    def check(self, where: str = "") -> None:
+        """Goes through all values, once in this object's life.
+
+        Args:
+          where: how an error's message begins.
+
+        Raises:
+          UserError: NaN, infinity, a number that does not fit 32 bits, or a feature that is no number.
+            The message names client and feature.
+        """
+        if self.checked:
+            return
+        for name, array in self.features.items():
+            if (unfit := values.first_unfit(array)) is not None:
+                row, reason = unfit
+                client_id = str(self.client_ids[self.clients_of(np.array(row))])
+                raise UserError(f"{where}client {client_id!r}, feature {name!r}: {reason}")
+        object.__setattr__(self, "checked", True)
 
     @property
     def num_clients(self) -> int:
@@ -247,7 +270,10 @@ class FederatedDataset:
                 np.concatenate([np.arange(*self.offsets[i : i + 2].tolist()) for i in indices])
             )
         return FederatedDataset(
-            features, _offsets(self.client_sizes[indices]), self.client_ids[indices]
+            features,
+            _offsets(self.client_sizes[indices]),
+            self.client_ids[indices],
+            checked=self.checked,
         )
 
     def split_examples(
@@ -272,7 +298,9 @@ class FederatedDataset:
     def _with_rows(self, rows_per_client: list[np.ndarray]) -> FederatedDataset:
         sizes = np.array([len(rows) for rows in rows_per_client])
         features = self.gather(np.concatenate(rows_per_client))
-        return FederatedDataset(features, _offsets(sizes[sizes > 0]), self.client_ids[sizes > 0])
+        return FederatedDataset(
+            features, _offsets(sizes[sizes > 0]), self.client_ids[sizes > 0], checked=self.checked
+        )
 
     def label_histogram(self, num_classes: int, *, label: str = "y") -> np.ndarray:
         """Examples per client and class, (num_clients, num_classes) int64.
@@ -310,7 +338,13 @@ class Batch(NamedTuple):
     mask: Any
 
 
-class FederatedSplits(NamedTuple):
+class _Splits(NamedTuple):
+    train: FederatedDataset
+    test: FederatedDataset
+    validation: FederatedDataset | None = None
+
+
+class FederatedSplits(_Splits):
     """What a data set function returns: its partitions, which may have different clients.
 
     Attributes:
@@ -318,15 +352,59 @@ class FederatedSplits(NamedTuple):
       test: what results are measured on.
       validation: what choices are made on, such as that of the best checkpoint; see
         `fedexp.data.split_validation`.
+
+    Raises:
+      UserError: partitions that differ in names, dtypes or numbers of axes of their features, or values
+        that `FederatedDataset.check` refuses.
     """
 
-    train: FederatedDataset
-    test: FederatedDataset
-    validation: FederatedDataset | None = None
+    __slots__ = ()
+
+    def __new__(
+        cls,
+        train: FederatedDataset,
+        test: FederatedDataset,
+        validation: FederatedDataset | None = None,
+    ) -> Self:
+        splits = super().__new__(cls, train, test, validation)
+        for name, split in splits._asdict().items():
+            if split is None and name in cls._field_defaults:
+                continue
+            if not isinstance(split, FederatedDataset):
+                raise UserError(
+                    f"the partition {name!r} must be a FederatedDataset, got {type(split).__name__}"
+                )
+            if (found := _layout(split)) != (expected := _layout(train)):
+                raise UserError(
+                    f"the partition {name!r} has the features {_listed(found)}, but 'train' has "
+                    f"{_listed(expected)}; give both the same names, dtypes and numbers of axes"
+                )
+        for name, split in splits.present().items():
+            split.check(f"{name!r}, ")
+        return splits
+
+    @classmethod
+    def _make(cls, iterable: Iterable[FederatedDataset | None]) -> Self:
+        """As a named tuple has it for `_replace`, but checked."""
+        return cls(*iterable)  # pyright: ignore[reportArgumentType]
 
     def present(self) -> dict[str, FederatedDataset]:
         """The partitions that there are, by name."""
         return {name: split for name, split in self._asdict().items() if split is not None}
+
+
+def _layout(dataset: FederatedDataset) -> dict[str, tuple[str, int]]:
+    """Name -> dtype on a device and number of axes. Sentences, for one, may be longer in a test."""
+    return {
+        name: (np.dtype(values.NARROW.get(array.dtype.name, array.dtype)).name, array.ndim)
+        for name, array in sorted(dataset.features.items())
+    }
+
+
+def _listed(layout: Mapping[str, tuple[str, int]]) -> str:
+    return ", ".join(
+        f"{name!r} ({dtype}, {ndim - 1} axes an example)" for name, (dtype, ndim) in layout.items()
+    )
 
 
 def _offsets(sizes: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -11,7 +11,6 @@ import http.client
 import os
 import re
 import tarfile
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -79,7 +78,7 @@ def extracted(archive: Path) -> Iterator[Path]:
     Raises:
       UserError: a damaged archive, one that reaches outside its folder, or a full disk.
     """
-    with tempfile.TemporaryDirectory(prefix="extract-", dir=cache.folder()) as folder:
+    with cache.scratch(cache.folder(), "extract-") as folder:
         try:
             with tarfile.open(archive) as tar:
                 # As an attribute: Python has known the argument `filter` since 3.11.4 only.
@@ -90,7 +89,7 @@ def extracted(archive: Path) -> Iterator[Path]:
                 f"cannot extract {archive}: {error}; free disk space, or delete it to download it "
                 "again"
             ) from error
-        yield Path(folder)
+        yield folder
 
 
 def _plain_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -150,14 +149,14 @@ def local_folder(folder: str | os.PathLike[str], *patterns: str) -> Path:
 def _copy(url: str, name: str, version: str, folder: Path) -> None:
     """Copies one file of a bucket, unless this version of it is there already."""
     note = folder / ".versions" / name
-    if (folder / name).exists() and note.exists() and note.read_text() == version:
+    if (folder / name).exists() and note.exists() and note.read_bytes() == version.encode():
         return
     logging.info("copying %s/%s into the cache once", url, name)
-    with tempfile.TemporaryDirectory(prefix=".copying-", dir=folder.parent) as scratch:
-        paths.download(url, [name], Path(scratch))
+    with cache.scratch(folder.parent, ".copying-") as scratch:
+        paths.download(url, [name], scratch)
         note.parent.mkdir(parents=True, exist_ok=True)
         note.unlink(missing_ok=True)
-        paths.replace(Path(scratch) / name, folder / name)
+        paths.replace(scratch / name, folder / name)
     paths.write(note, version)
 
 
@@ -198,12 +197,13 @@ def _fetch_rest(url: str, part: Path, report: Report) -> None:
     with response:
         content_range = response.headers.get("Content-Range", "")
         partial = response.status == http.HTTPStatus.PARTIAL_CONTENT
-        resumed = re.match(r"bytes (\d+)-", content_range) if partial else None
+        resumed = re.match(r"bytes (\d{1,18})-", content_range) if partial else None
         if resumed and int(resumed[1]) != start:
             raise ConnectionError(f"asked for bytes from {start}, got {resumed[0]}")
         done = start if resumed else 0
-        length = response.headers.get("Content-Length")
-        total = None if length is None else done + int(length)
+        length = response.headers.get("Content-Length", "")
+        # What is no number is no length: the checksum tells whether all has come.
+        total = done + int(length) if re.fullmatch(r"[0-9]{1,18}", length) else None
         with part.open("ab" if resumed else "wb") as file:
             while chunk := response.read(_CHUNK_BYTES):
                 file.write(chunk)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from fedexp.data import download, packed
+from fedexp.data import values as values_lib
 from fedexp.data.dataset import FederatedDataset, FederatedSplits
 from fedexp.errors import UserError
 
@@ -111,6 +112,8 @@ def rows(where: str, feature: Feature, values: np.ndarray) -> np.ndarray:
         )
     if converted.dtype.hasobject:
         raise UserError(f"{where} holds Python objects; give a `convert` that makes numbers of it")
+    if (unfit := values_lib.first_unfit(converted)) is not None:
+        raise UserError(f"{where}: {unfit[1]}")
     return converted
 
 
@@ -148,7 +151,14 @@ def _cast(where: str, values: np.ndarray, dtype: type) -> np.ndarray:
     if values.dtype.kind in "biuf" and dtype in np.sctypeDict.values() and dtype is not object:
         with np.errstate(invalid="ignore", over="ignore"):
             cast = values.astype(dtype)
-        if cast.dtype.kind == "f" or np.array_equal(cast, values):
+        if cast.dtype.kind == "f":
+            if (lost := np.isinf(cast) & np.isfinite(values)).any():
+                raise UserError(
+                    f"{where}: the value {values[lost][0]} does not fit {cast.dtype}; scale it, or leave "
+                    "it out"
+                )
+            return cast
+        if np.array_equal(cast, values):
             return cast
     raise UserError(
         f"{where}: the dtype is {values.dtype}, and not every value is of the dtype "

@@ -92,7 +92,8 @@ def _users(
         shard = json.loads(path.read_bytes())
         users, sizes, user_data = (shard[key] for key in ("users", "num_samples", "user_data"))
         sizes = dict(zip(users, sizes, strict=True))
-    except (ValueError, KeyError, TypeError) as error:
+        has_data = {user: any(data.values()) for user, data in user_data.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} is not a shard of LEAF ({type(error).__name__}: {error}); {_LAYOUT}"
         ) from error
@@ -100,14 +101,12 @@ def _users(
         twice = next(user for user in sizes if users.count(user) > 1)
         raise UserError(f"{path}: client {twice!r} occurs more than once in 'users'")
     # LEAF's own split leaves users whom it drops behind, without data.
-    if unlisted := [
-        user for user in user_data if user not in sizes and any(user_data[user].values())
-    ]:
+    if unlisted := [user for user, has in has_data.items() if has and user not in sizes]:
         raise UserError(f"{path}: client {unlisted[0]!r} has data but is not one of 'users'")
     for user, size in sizes.items():
         where = f"{path}: client {user!r}"
         data = user_data.get(user)
-        if not isinstance(data, dict):
+        if not isinstance(user, str) or data is None:
             raise UserError(f"{where} has no entry in 'user_data'; {_LAYOUT}")
         yield user, {name: _rows(where, feature, data, size) for name, feature in features.items()}
 
@@ -126,13 +125,13 @@ def _rows(where: str, feature: Feature, data: dict[str, list], size: int) -> np.
     if not values:
         return np.zeros(0)
     if feature.dtype is object:
-        array = np.empty(size, object)
+        array = np.empty(len(values), object)
         for i, value in enumerate(values):
             array[i] = value
     else:
         try:
             array = np.asarray(values)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise UserError(
                 f"{where}, feature {feature.source!r}: examples have different shapes; read them "
                 "with the dtype 'object' and a `convert`"

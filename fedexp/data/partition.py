@@ -12,7 +12,6 @@ in its seed.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Mapping
 
 import gin
@@ -85,8 +84,10 @@ def _load(path: str) -> dict[str, np.ndarray]:
     try:
         with np.load(file) as content:
             return dict(content)
-    except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{file} is not an .npz file of numbers ({error})") from error
+    except Exception as error:  # Damaged files make NumPy and zipfile raise nearly anything.
+        raise UserError(
+            f"{file} is not an .npz file of numbers, or is damaged ({type(error).__name__}: {error})"
+        ) from error
 
 
 @gin.configurable

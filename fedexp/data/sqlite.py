@@ -116,12 +116,14 @@ def _database(path: Path, layout: str) -> Iterator[Query]:
     def reading() -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        except Exception as error:  # Also what Python's module makes of damaged text.
             raise UserError(f"cannot read {path}: {error}; expected the tables {layout}") from error
 
     def query(statement: str, *values: str) -> Iterator[tuple]:
         with reading():
-            yield from database.execute(statement, values)
+            # `yield from` would close the cursor, which complains once its database is closed.
+            for row in database.execute(statement, values):  # noqa: UP028
+                yield row
 
     with reading():
         database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
@@ -132,10 +134,11 @@ def _database(path: Path, layout: str) -> Iterator[Query]:
 def _read_fedjax(
     path: Path, features: Mapping[str, Feature] | None, drop_empty: bool
 ) -> FederatedDataset:
-    clients = {}
+    clients, ids = {}, tf_examples.Ids(path)
     with _database(path, _FEDJAX) as query:
         for row in query("SELECT client_id, data, num_examples FROM federated_data"):
-            client_id = tf_examples.to_id(row[0])
+            if (client_id := ids.text(row[0])) in clients:
+                raise UserError(f"{path}: client {client_id!r} occurs more than once; remove a row")
             clients[client_id] = _client(f"{path}: client {client_id!r}", features, *row[1:])
     return features_lib.dataset(path, clients, drop_empty)
 
@@ -172,7 +175,7 @@ def _examples(where: str, data: bytes) -> dict[str, np.ndarray]:
     try:
         examples = msgpack.unpackb(zlib.decompress(data), ext_hook=_array, raw=False)
         return {name: np.asarray(array) for name, array in examples.items()}
-    except (zlib.error, msgpack.UnpackException, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # Damaged data make msgpack and NumPy raise nearly anything.
         raise UserError(
             f"{where} has data that are not FedJAX's ({type(error).__name__}: {error}); expected "
             "arrays by name, MessagePack compressed with zlib"
@@ -208,27 +211,24 @@ def _read_tff(
         pages = iter(lambda: list(itertools.islice(rows, tf_examples.CHUNK)), [])
         return tf_examples.group(
             path,
-            (
-                (path, [tf_examples.to_id(cid) for cid, _ in page], [r for _, r in page])
-                for page in pages
-            ),
+            ((path, [cid for cid, _ in page], [record for _, record in page]) for page in pages),
             features,
         )
 
 
 def _check_split(path: Path, query: Query, split: str, drop_empty: bool) -> None:
     """Whether the two tables agree, by their indices and before an example is read."""
-    promised = dict(
-        query("SELECT client_id, num_examples FROM client_metadata WHERE split_name = ?", split)
-    )
+    ids = tf_examples.Ids(path)
+
+    def counts(statement: str) -> dict[str, int]:
+        return {ids.text(client_id): count for client_id, count in query(statement, split)}
+
+    promised = counts("SELECT client_id, num_examples FROM client_metadata WHERE split_name = ?")
     if not promised:
         splits = [s for (s,) in query("SELECT DISTINCT split_name FROM client_metadata")]
         raise UserError(f"{path} has no split {split!r}, only {splits}; name one of them")
-    found = dict(
-        query(
-            "SELECT client_id, COUNT(*) FROM examples WHERE split_name = ? GROUP BY client_id",
-            split,
-        )
+    found = counts(
+        "SELECT client_id, COUNT(*) FROM examples WHERE split_name = ? GROUP BY client_id"
     )
     for client_id in sorted(promised.keys() | found.keys()):
         where = f"{path}: client {client_id!r} of the split {split!r}"

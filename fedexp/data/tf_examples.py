@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 # Records that are parsed at a time.
 CHUNK = 4096
 
-# A file, and of some of its records the client ids and the bytes, each (n,).
-Chunk = tuple[Path, Sequence[str], Sequence[bytes]]
+# A file, and of some of its records the client ids as they are stored and the bytes, each (n,).
+Chunk = tuple[Path, Sequence[bytes | str | int], Sequence[bytes]]
 
 
 def group(
@@ -44,9 +44,11 @@ def group(
       Clients in ascending order of their ids, a client's examples as they came.
     """
     code_of: dict[str, int] = {}
+    texts = Ids(where)
     codes: list[np.ndarray] = []
     parts: dict[str, list[np.ndarray]] = {name: [] for name in features}
-    for file, ids, records in chunks:
+    for file, stored, records in chunks:
+        ids = [texts.text(client_id) for client_id in stored]
         codes.append(np.array([code_of.setdefault(cid, len(code_of)) for cid in ids]))
         places = [f"{file}: client {cid!r}" for cid in ids]
         for name, rows in _parse(places, records, features).items():
@@ -76,9 +78,35 @@ def _scatter(chunks: list[np.ndarray], place: np.ndarray) -> np.ndarray:
     return result
 
 
-def to_id(value: bytes | str | int) -> str:
-    """A client id as text; bytes that are not UTF-8 are escaped."""
-    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
+class Ids:
+    """Client ids as text, of one data set: what is stored differently shall not become the same.
+
+    Args:
+      where: what the ids come from, for error messages.
+    """
+
+    def __init__(self, where: object):
+        self._where = where
+        self._stored: dict[str, object] = {}
+
+    def text(self, stored: object) -> str:
+        """The id as text; bytes that are not UTF-8 are escaped.
+
+        Raises:
+          UserError: it is neither text nor a whole number, or another one has the same text.
+        """
+        if isinstance(stored, bytes):
+            text = stored.decode("utf-8", "backslashreplace")
+        elif isinstance(stored, str | int):
+            text = str(stored)
+        else:
+            raise UserError(f"{self._where}: the client id {stored!r} is no text; mend the file")
+        if (other := self._stored.setdefault(text, stored)) != stored:
+            raise UserError(
+                f"{self._where}: the client ids {other!r} and {stored!r} are one as text; store all of "
+                "them in one way"
+            )
+        return text
 
 
 def tensorflow() -> ModuleType:
@@ -121,7 +149,7 @@ def columns(
     layout = {f.source: _stored(tf, where[0], records[0], f) for f in features}
     try:
         parsed = tf.io.parse_example(records, layout)
-    except tf.errors.InvalidArgumentError as error:
+    except (tf.errors.InvalidArgumentError, ValueError, TypeError) as error:
         for place, record in zip(where, records, strict=True):
             for feature in features:
                 if _stored(tf, place, record, feature) != layout[feature.source]:
@@ -129,7 +157,9 @@ def columns(
                         f"{place}, feature {feature.source!r} is stored otherwise than in the "
                         "records before; mend the file"
                     ) from error
-        raise UserError(f"{where[0]}, or one soon after: {error.message}") from error
+        raise UserError(
+            f"{where[0]}, or one soon after, is damaged ({' '.join(str(error).split())})"
+        ) from error
     return {source: tensor.numpy() for source, tensor in parsed.items()}
 
 
@@ -162,7 +192,7 @@ def message(kind: type[Message], where: str, record: bytes) -> Any:
 
     try:
         return kind.FromString(record)
-    except DecodeError as error:
+    except (DecodeError, TypeError, ValueError) as error:
         raise UserError(f"{where} is not a tf.train.{kind.__name__} ({error})") from error
 
 

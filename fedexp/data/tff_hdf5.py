@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from fedexp.data import download, packed
+from fedexp.data import download, packed, workers
 from fedexp.data import features as features_lib
 from fedexp.data.dataset import Examples, FederatedDataset, FederatedSplits
 from fedexp.data.features import Feature
@@ -102,6 +102,8 @@ def load_splits(
 ) -> FederatedSplits:
     """Loads a data set that TFF publishes, packing it into the cache on the first call.
 
+    That is done in a worker process, because damaged files crash libhdf5, or keep it busy for good.
+
     Args:
       name: TFF's name, as "fed_emnist": the files are {name}_train.h5 and {name}_test.h5, published
         together as {name}.tar.bz2.
@@ -125,19 +127,26 @@ def load_splits(
             )
         )
 
-    def read_published() -> FederatedSplits:
+    def pack(folder: Path) -> None:
+        workers.run(lambda: packed.write(directory, read_folder(folder)))
+
+    def pack_published() -> None:
         archive = f"{name}.tar.bz2"
         with download.extracted(
             download.download(_URL + archive, archive, sha256=sha256)
         ) as folder:
-            return read_folder(folder)
+            pack(folder)
 
     key = {"version": version, "drop_empty": drop_empty} | dict(arguments or {})
     if data_dir is None:
-        return packed.load_or_build(name, key | {"sha256": sha256}, read_published)
-    folder = download.local_folder(data_dir, f"{name}_*.h5")
-    sources = [packed.fingerprint(path) for path in _find(folder, name)]
-    return packed.load_or_build(name, key | {"sources": sources}, lambda: read_folder(folder))
+        directory = packed.location(name, key | {"sha256": sha256})
+        packed.make_once(directory, pack_published)
+    else:
+        folder = download.local_folder(data_dir, f"{name}_*.h5")
+        sources = [packed.fingerprint(path) for path in _find(folder, name)]
+        directory = packed.location(name, key | {"sources": sources})
+        packed.make_once(directory, lambda: pack(folder))
+    return packed.read(directory)
 
 
 def _find(folder: Path, name: str) -> tuple[Path, Path]:
@@ -171,8 +180,11 @@ def _opened(path: Path) -> Iterator[h5py.Group]:
 def _reading(path: Path) -> Iterator[None]:
     """For a body that reads the file and calls nothing of the user's: what goes wrong is damage."""
     try:
-        yield
-    except (OSError, RuntimeError, KeyError) as error:
+        with workers.limited():
+            yield
+    except UserError:
+        raise
+    except Exception as error:  # Damaged files make h5py and NumPy raise nearly anything.
         raise UserError(
             f"{path} is damaged or not an HDF5 file ({error}); download it again"
         ) from error

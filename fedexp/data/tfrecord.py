@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # Dataset Grouper's name for the records inside a record.
 _GROUPED = "serialized_bytes"
+# Bytes around a record: its length and two checksums.
+_FRAME = 16
 
 
 @gin.configurable
@@ -152,8 +154,10 @@ def _chunks(paths: list[Path], client_id: str | None) -> Iterator[tf_examples.Ch
     tf = tf_examples.tensorflow()
     for path in paths:
         records = tf.data.TFRecordDataset(str(path)).batch(tf_examples.CHUNK).prefetch(1)
+        size = 0
         try:
             for start, batch in enumerate(records.as_numpy_iterator()):
+                size += sum(map(len, batch)) + _FRAME * len(batch)
                 if client_id is None:
                     yield from _groups(tf, path, start * tf_examples.CHUNK, batch)
                 else:
@@ -162,6 +166,11 @@ def _chunks(paths: list[Path], client_id: str | None) -> Iterator[tf_examples.Ch
             raise UserError(
                 f"{path} is damaged or not a TFRecord file ({error.message})"
             ) from error
+        # TensorFlow takes a file that ends within a record's header for one that ends before it.
+        if (found := path.stat().st_size) != size:
+            raise UserError(
+                f"{path} is cut off: its records make {size} bytes, it has {found}; get it again"
+            )
 
 
 def _groups(
@@ -182,10 +191,10 @@ def _groups(
         yield path, [client_id] * len(inner), [f.bytes_list.value[0] for f in inner]
 
 
-def _ids(path: Path, records: Sequence[bytes], client_id: str) -> list[str]:
+def _ids(path: Path, records: Sequence[bytes], client_id: str) -> list[bytes | int]:
     where = [f"{path}: a record"] * len(records)
     (column,) = tf_examples.columns(where, records, [Feature(client_id, (), object)]).values()
-    return [tf_examples.to_id(value) for value in column.tolist()]
+    return column.tolist()
 
 
 def _records(

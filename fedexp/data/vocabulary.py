@@ -138,7 +138,7 @@ def read_tag_counts(path: Path, size: int) -> tuple[str, ...]:
     try:
         counts = json.loads(path.read_text(encoding="utf-8"))
         ranked = [tag for tag, _ in sorted(counts.items(), key=lambda item: -item[1])]
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path}: expected JSON of the form {{tag: count}} ({error}); is it the right file?"
         ) from error

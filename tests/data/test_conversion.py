@@ -139,6 +139,16 @@ def _damage_rows_changed(part: Path) -> None:
         file.write(b"\xff")
 
 
+def _damage_client_id_changed(part: Path) -> None:
+    path = part / "journal.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"c003", b"c007"))
+
+
+def _damage_line_lost(part: Path) -> None:
+    path = part / "journal.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[1:]))
+
+
 def _damage_file_lost(part: Path) -> None:
     (part / "feature_1.npy").unlink()
 
@@ -153,6 +163,8 @@ def _damage_file_lost(part: Path) -> None:
         (_damage_rows_lost, 2),
         (_damage_rows_changed, 2),
         (_damage_file_lost, 0),
+        (_damage_client_id_changed, 2),
+        (_damage_line_lost, 0),
     ],
 )
 def test_an_interrupted_conversion_goes_on_after_the_last_whole_chunk(tmp_path, damage, first):
@@ -335,7 +347,7 @@ def test_a_killed_process_leaves_no_workers_and_is_resumed(tmp_path):
 
     seen = []
     done = sum(
-        json.loads(line)["num_clients"]
+        json.loads(line.partition(b" ")[2])["num_clients"]
         for line in journal.read_bytes().splitlines(True)
         if line.endswith(b"\n")
     )

@@ -4,6 +4,7 @@ import mmap
 
 import hypothesis
 import hypothesis.strategies as st
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -330,7 +331,104 @@ def test_fingerprint_of_a_selection_is_that_of_the_same_clients():
 
 
 def test_partitions_that_are_there():
-    splits = FederatedSplits(_small(), _small(name="y"))
+    splits = FederatedSplits(_small(), _small())
     assert splits.validation is None
     assert list(splits.present()) == ["train", "test"]
     assert list(splits._replace(validation=_small()).present()) == ["train", "test", "validation"]
+
+
+def _one(*rows: object, dtype: object = None, name: str = "x") -> FederatedDataset:
+    """The clients 'a' with the first row and 'b' with the others."""
+    return FederatedDataset({name: np.array(rows, dtype)}, [0, 1, len(rows)], np.array(["a", "b"]))
+
+
+@pytest.mark.parametrize(
+    ("test", "message"),
+    [
+        (_one(0, 1, name="y"), r"'test' has the features 'y' \(.* but 'train' has 'x' \("),
+        (
+            _one(0, 1, dtype=np.float32),
+            r"'test' has .* \(float32, 0 axes .*'train' has .*\(uint8, 0",
+        ),
+        (
+            _one([0], [1], dtype=np.uint8),
+            r"'test' has .*\(uint8, 1 axes an .*'train' has .*, 0 axes",
+        ),
+        (None, "'test' must be a FederatedDataset, got NoneType"),
+        ({"x": 1}, "'test' must be a FederatedDataset, got dict"),
+    ],
+)
+def test_partitions_that_do_not_fit_each_other(test, message):
+    train = _one(0, 1, dtype=np.uint8)
+    with pytest.raises(UserError, match=message):
+        FederatedSplits(train, test)
+    with pytest.raises(UserError, match=message):
+        FederatedSplits(train, train)._replace(test=test)
+
+
+def test_partitions_may_differ_in_what_no_device_sees():
+    FederatedSplits(_one(0, 1, dtype=np.int64), _one(0, 1, dtype=np.int32))
+    FederatedSplits(_one([0], [1]), _one([0, 1], [1, 0]))  # Longer sentences.
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "message"),
+    [
+        (
+            (0, 1, 4294967303),
+            np.int64,
+            "client 'b', feature 'x': the value 4294967303 does not fit int32",
+        ),
+        ((-(2**31) - 1, 1), np.int64, "client 'a', .* -2147483649 does not fit int32"),
+        ((2**32, 1), np.uint64, "client 'a', .* 4294967296 does not fit uint32"),
+        ((0.0, 1.0, np.nan), np.float32, "client 'b', .* nan is not finite"),
+        (([0.0, -np.inf], [1.0, 0.0]), np.float64, "client 'a', .* -inf is not finite"),
+        ((1.0, 1e300), np.float64, r"client 'b', .* 1e\+300 does not fit float32"),
+        ((1.0, np.inf), np.float16, "client 'b', .* inf is not finite"),
+        ((1.0, np.nan), jnp.bfloat16, "client 'b', .* nan is not finite"),
+        (("ü", "w"), None, "client 'a', .* dtype is <U1"),
+        ((b"u", "w"), object, "client 'a', .* dtype is object"),
+    ],
+)
+def test_values_that_no_device_holds(rows, dtype, message):
+    good = _one(*rows[:1] * 2, dtype=dtype) if message.startswith("client 'b'") else None
+    bad = _one(*rows, dtype=dtype)
+    with pytest.raises(UserError, match=f"'train', {message}"):
+        FederatedSplits(bad, bad)
+    if good is not None:
+        with pytest.raises(UserError, match=f"'test', {message}"):
+            FederatedSplits(good, bad)
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype"),
+    [
+        ((2**31 - 1, -(2**31)), np.int64),
+        ((2**32 - 1, 0), np.uint64),
+        ((2**32 - 1, 0), np.uint32),
+        ((3.4e38, -3.4e38), np.float64),
+        ((1.5, 0.0), jnp.bfloat16),
+        ((True, False), bool),
+        (([], []), np.float32),
+    ],
+)
+def test_values_that_devices_hold(rows, dtype):
+    assert FederatedSplits(_one(*rows, dtype=dtype), _one(*rows, dtype=dtype)).train.checked
+
+
+def test_the_culprit_is_found_in_any_block():
+    x = np.zeros((5, 300_000), np.float32)  # A row is larger than a block.
+    x[3, -1] = np.nan
+    with pytest.raises(UserError, match="client 'd'"):
+        FederatedDataset({"x": x}, np.arange(6), np.array([*"abcde"])).check()
+    x = np.zeros(10**6, np.float32)
+    x[700_000] = np.inf
+    with pytest.raises(UserError, match="client 'd'"):
+        FederatedDataset({"x": x}, np.arange(6) * 200_000, np.array([*"abcde"])).check()
+
+
+def test_values_are_checked_once():
+    dataset = _small()
+    dataset.check()
+    selection = dataset.select_clients([1])
+    assert selection.checked and all(half.checked for half in selection.split_examples(0.5))

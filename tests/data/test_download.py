@@ -43,7 +43,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{end - 1}/{end}")
         else:
             self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", server.length or str(len(body)))
         self.end_headers()
         time.sleep(server.delay)
         self.wfile.write(body[: server.truncate.pop(0)] if server.truncate else body)
@@ -57,6 +57,7 @@ def server():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.content, server.requests = CONTENT, []
     server.statuses, server.truncate, server.ranges, server.delay = [], [], True, 0.0
+    server.length = None
     server.url = f"http://127.0.0.1:{server.server_port}/data.bin"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -101,6 +102,12 @@ def test_resumes_the_part_of_an_earlier_run(server, cache):
 def test_a_complete_part_needs_no_further_bytes(server, cache):
     cache.mkdir()
     (cache / "data.bin.part").write_bytes(CONTENT)
+    assert _get(server).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("length", ["many", "9" * 5000, "1e3", "\u00b2"])
+def test_a_length_that_is_no_number(server, length):
+    server.length = length
     assert _get(server).read_bytes() == CONTENT
 
 

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+import math
 
 import gin
 import numpy as np
@@ -157,6 +158,20 @@ def _with(change) -> dict[str, object]:
             "'b', feature 'y': the dtype is float64, and not every value is of the dtype int32",
         ),
         (lambda s: s["user_data"]["b"].update(y=list("abc")), "feature 'y': the dtype is <U1"),
+        (lambda s: s["user_data"].update(b=[1]), "not a shard of LEAF .AttributeError"),
+        (lambda s: s.update(user_data=[1]), "not a shard of LEAF .AttributeError"),
+        (lambda s: s.update(users=[["a"], "b"]), "not a shard of LEAF .TypeError"),
+        (lambda s: s.update(users=["a", 1]), "client 1 has no entry|client 'b' has data but"),
+        (lambda s: s["user_data"]["b"].update(y=[0, 1, 2**70]), "feature 'y': the dtype is object"),
+        (lambda s: s["user_data"]["b"].update(y=[0, 1, 2**40]), "feature 'y': the dtype is int64"),
+        (
+            lambda s: s["user_data"]["b"]["x"][2].__setitem__(0, [math.nan, 0.0]),
+            "'b', feature 'x': the value nan is not finite",
+        ),
+        (
+            lambda s: s["user_data"]["b"]["x"][2].__setitem__(0, [1e300, 0.0]),
+            r"'b', feature 'x': the value 1e\+300 does not fit float32",
+        ),
     ],
 )
 def test_a_wrong_layout_names_file_and_user(tmp_path, change, message):
@@ -167,6 +182,14 @@ def test_a_wrong_layout_names_file_and_user(tmp_path, change, message):
 def test_a_user_in_two_shards(tmp_path):
     with pytest.raises(UserError, match=r"data_1\.json: client 'a' is in data_0\.json too"):
         _read(tmp_path, _shard(a=1), _shard(b=1, a=1))
+
+
+def test_json_that_is_nested_too_deeply(tmp_path):
+    folder = tmp_path / "deep"
+    folder.mkdir()
+    (folder / "data.json").write_text("[" * 200_000 + "]" * 200_000)
+    with pytest.raises(UserError, match=r"data\.json is not a shard of LEAF \(RecursionError"):
+        leaf.leaf(str(folder), str(folder))
 
 
 def test_no_shards_and_no_json(tmp_path):

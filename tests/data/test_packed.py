@@ -1,5 +1,6 @@
 """Packed data sets."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedexp import cache
 from fedexp.data import packed
 from fedexp.data.dataset import FederatedDataset, FederatedSplits
 from fedexp.errors import UserError
@@ -14,7 +16,7 @@ from tests.support.disk import assert_safe, recorded
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
+def cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDEXP_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -56,14 +58,10 @@ def test_reads_back_what_it_wrote_memory_mapped(tmp_path):
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["b"]
 
 
-def test_write_refuses_an_existing_folder_and_objects(tmp_path):
+def test_write_refuses_an_existing_folder(tmp_path):
     packed.write(tmp_path / "a", _splits())
     with pytest.raises(UserError, match="exists already"):
         packed.write(tmp_path / "a", _splits())
-    text = FederatedDataset({"s": np.array(["a", b"b"], object)}, [0, 2], ["c"])
-    with pytest.raises(UserError, match="'s' of 'train' holds Python objects"):
-        packed.write(tmp_path / "b", FederatedSplits(text, text))
-    assert not (tmp_path / "b").exists()
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
@@ -126,17 +124,101 @@ def test_a_file_of_the_wrong_size_is_named_when_opened(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["train/feature_0.npy", "test/feature_1.npy", "test/offsets.npy", "train/client_ids.npy"],
+    [
+        "train/feature_0.npy",
+        "test/feature_1.npy",
+        "test/offsets.npy",
+        "train/client_ids.npy",
+        "train/checksums.npy",
+        "test/index.json",
+    ],
 )
-def test_verify_names_a_file_of_which_a_bit_is_wrong(tmp_path, name):
+def test_a_file_of_the_right_size_of_which_a_bit_is_wrong_is_named(tmp_path, name):
     packed.write(tmp_path / "a", _splits())
     packed.verify(tmp_path / "a")
     packed.verify(tmp_path / "a" / "train")
     content = bytearray((tmp_path / "a" / name).read_bytes())
     content[-4] ^= 1
     (tmp_path / "a" / name).write_bytes(content)
-    with pytest.raises(UserError, match=rf"{name} is damaged: its SHA-256 is"):
+    for check in (packed.read, packed.verify):
+        with pytest.raises(UserError, match=rf"{name} is damaged"):
+            check(tmp_path / "a")
+
+
+def test_a_renamed_feature_is_seen(tmp_path):
+    packed.write(tmp_path / "a", _splits())
+    index = tmp_path / "a" / "train" / "index.json"
+    index.write_text(index.read_text().replace('"x"', '"y"'))
+    with pytest.raises(UserError, match="index.json is damaged"):
+        packed.read(tmp_path / "a")
+
+
+def test_opening_compares_other_parts_of_a_large_file_each_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(packed, "_SAMPLE", 2)
+    size = 5 * packed._BLOCK
+    dataset = FederatedDataset({"x": np.zeros(size, np.uint8)}, [0, size], ["c"])
+    packed.write(tmp_path / "a", FederatedSplits(dataset, dataset))
+    with (tmp_path / "a" / "test" / "feature_0.npy").open("r+b") as file:
+        file.seek(3 * packed._BLOCK)
+        file.write(b"x")
+    packed.random.seed(0)
+    found = []
+    for _ in range(30):
+        try:
+            packed.read(tmp_path / "a")
+            found.append(False)
+        except UserError:
+            found.append(True)
+    assert 0 < sum(found) < 30  # 2 of 6 blocks at a time.
+    with pytest.raises(UserError, match="test/feature_0.npy is damaged"):
         packed.verify(tmp_path / "a")
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from fedexp import cache
+
+with cache.scratch(Path(sys.argv[1]), "extract-") as folder:
+    (folder / "large").write_text("much")
+    print(folder.name, flush=True)
+    if sys.argv[2] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.stdin.read()
+"""
+
+
+def test_what_killed_preparations_leave_goes_with_the_next(tmp_path):
+    def start(how: str) -> tuple[subprocess.Popen, str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _KILLED, tmp_path, how],
+            cwd=Path(packed.__file__).parents[2],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return process, process.stdout.readline().strip()
+
+    (tmp_path / "extract-of-an-older-version").mkdir()
+    (tmp_path / "else").mkdir()
+    living, in_use = start("live")
+    dead, left = start("kill")
+    dead.wait(timeout=60)
+    assert (tmp_path / left / "large").exists()
+    with cache.scratch(tmp_path, "extract-") as folder:
+        assert {path.name for path in tmp_path.iterdir()} == {"else", in_use, folder.name}
+        assert (tmp_path / in_use / "large").exists()
+    living.communicate("", timeout=60)
+    assert {path.name for path in tmp_path.iterdir()} == {"else"}
+
+
+def test_a_read_only_cache_serves_what_it_holds(cache_folder, monkeypatch):
+    packed.load_or_build("name", {}, _splits)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # As root, modes do not bind.
+    monkeypatch.setattr(cache, "lock", None)
+    _assert_equal(packed.load_or_build("name", {}, _splits), _splits())
+    with pytest.raises(UserError, match="is read-only.*FEDEXP_CACHE"):
+        packed.load_or_build("another", {}, _splits)
 
 
 def test_reads_a_single_data_set(tmp_path):
@@ -160,7 +242,7 @@ def test_a_validation_partition_comes_back(tmp_path):
             check(tmp_path / "a")
 
 
-def test_load_or_build_builds_once_per_key(cache):
+def test_load_or_build_builds_once_per_key(cache_folder):
     seeds = []
 
     def load(seed: int) -> FederatedSplits:
@@ -173,10 +255,10 @@ def test_load_or_build_builds_once_per_key(cache):
     for seed in (0, 1, 0, 1):
         _assert_equal(load(seed), _splits(seed))
     assert seeds == [0, 1]
-    assert len([p for p in (cache / "packed").iterdir() if p.is_dir()]) == 2
+    assert len([p for p in (cache_folder / "packed").iterdir() if p.is_dir()]) == 2
 
 
-def test_a_failed_build_is_tried_again(cache):
+def test_a_failed_build_is_tried_again(cache_folder):
     with pytest.raises(UserError, match="no luck"):
         packed.load_or_build("name", {}, lambda: (_ for _ in ()).throw(UserError("no luck")))
     _assert_equal(packed.load_or_build("name", {}, _splits), _splits())
@@ -193,6 +275,7 @@ def test_fingerprint_changes_with_the_file(tmp_path):
 _PROGRAM = """
 import sys, time
 import numpy as np
+from fedexp import cache
 from fedexp.data import packed
 from fedexp.data.dataset import FederatedDataset, FederatedSplits
 

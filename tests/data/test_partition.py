@@ -1,5 +1,9 @@
 """Partitioners: exact, of the promised sizes, and as skewed as the distribution says."""
 
+import io
+import zipfile
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -191,3 +195,52 @@ def test_arrays_from_a_wrong_file(tmp_path):
     for name in ("text.npz", "objects.npz", "one.npy"):
         with pytest.raises(UserError, match=rf"{name} is not an .npz file of numbers"):
             partition.arrays(str(tmp_path / name), partition.iid(2))
+
+
+def _listed_as(offset: int, value: int) -> Callable[[bytes], bytes]:
+    """Another byte in what the archive's list says of its first file."""
+
+    def damage(content: bytes) -> bytes:
+        place = content.index(b"PK\x01\x02") + offset
+        return content[:place] + bytes([value]) + content[place + 1 :]
+
+    return damage
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:60] + b"\xff" * 20 + content[80:],
+        lambda content: content[: len(content) // 2],
+        lambda content: content.replace(b"x.npy", b"y.npy", 1),
+        _listed_as(8, 1),  # Encrypted.
+        _listed_as(10, 99),  # A compression that there is not.
+        _listed_as(16, 7),  # Another checksum.
+    ],
+)
+def test_damaged_archives(tmp_path, compression, damage):
+    path = tmp_path / "a.npz"
+    buffer = io.BytesIO()
+    np.save(buffer, np.arange(100.0))
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("x.npy", buffer.getvalue())
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=r"a\.npz is not an \.npz file of numbers, or is damaged"):
+        partition.arrays(str(path), partition.iid(2))
+
+
+@pytest.mark.parametrize("header", ["(10**12,)", "(3", "(-1,)", "('a',)"])
+def test_arrays_of_an_impossible_size(tmp_path, header):
+    text = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {header}, }}".ljust(117) + "\n"
+    content = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("x.npy", content.replace(b"10**12", b"10000000000000"))
+    with pytest.raises(UserError, match=r"a\.npz is not an \.npz file of numbers, or is damaged"):
+        partition.arrays(str(tmp_path / "a.npz"), partition.iid(2))
+
+
+def test_a_string_feature_beside_others(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.zeros((4, 2)), name=np.array([*"abcd"]))
+    with pytest.raises(UserError, match="'train', client '0', feature 'name': the dtype is <U1"):
+        partition.arrays(str(tmp_path / "a.npz"), partition.iid(2))

@@ -47,7 +47,7 @@ def _write(path, rows, table="federated_data") -> str:
     path.unlink(missing_ok=True)
     with sqlite3.connect(path) as database:
         database.execute(
-            f"CREATE TABLE {table} (client_id BLOB NOT NULL PRIMARY KEY, data BLOB NOT NULL, "
+            f"CREATE TABLE {table} (client_id BLOB NOT NULL PRIMARY KEY, data BLOB, "
             "num_examples INTEGER NOT NULL)"
         )
         database.executemany(f"INSERT INTO {table} VALUES (?, ?, ?)", rows)
@@ -116,6 +116,12 @@ def test_bfloat16_is_widened(tmp_path):
             "client 'c' has data that are not FedJAX's .*reshape",
         ),
         ((b"c", _data({"label": msgpack.ExtType(9, b"")}), 1), "extension 9"),
+        ((b"c", _data({"label": msgpack.ExtType(1, b"")}), 1), "that are not FedJAX's"),
+        ((b"c", None, 1), "that are not FedJAX's"),
+        (
+            (b"c", _data({"image": np.zeros((1, 2, 3)), "label": np.array([2**40])}), 1),
+            "'c', feature 'label': the dtype is int64, and not every value is of the dtype int32",
+        ),
         (
             (b"c", _data({"label": np.zeros(2, int)}), 2),
             r"'c' has no feature 'image', only \['label",
@@ -141,6 +147,36 @@ def test_bfloat16_is_widened(tmp_path):
 def test_a_wrong_client_is_named(tmp_path, row, message):
     path = _write(tmp_path / "a.sqlite", [*_rows(_clients()), row])
     with pytest.raises(UserError, match=r"a\.sqlite: .*" + message):
+        sqlite.fedjax_sqlite(path, path, NUMBERS)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ((1, "1"), "the client ids 1 and '1' are one as text"),
+        ((b"1", "1"), "the client ids b'1' and '1' are one as text"),
+        ((b"\xff", b"\\xff"), "are one as text"),
+        ((b"1", 0.5), "the client id 0.5 is no text"),
+    ],
+)
+def test_ids_that_would_become_one(tmp_path, ids, message):
+    data = _data({"label": np.zeros(1, int)})
+    path = tmp_path / "a.sqlite"
+    with sqlite3.connect(path) as database:
+        database.execute("CREATE TABLE federated_data (client_id, data, num_examples)")
+        rows = [(client_id, data, 1) for client_id in ids]
+        database.executemany("INSERT INTO federated_data VALUES (?, ?, ?)", rows)
+    with pytest.raises(UserError, match=r"a\.sqlite: .*" + message):
+        sqlite.fedjax_sqlite(str(path), str(path))
+
+
+def test_text_that_is_not_utf8(tmp_path):
+    path = _write(tmp_path / "a.sqlite", _rows(_clients()))
+    with sqlite3.connect(path) as database:
+        database.execute(
+            "UPDATE federated_data SET client_id = CAST(x'ff' AS TEXT) WHERE rowid = 1"
+        )
+    with pytest.raises(UserError, match=r"cannot read .*a\.sqlite: Could not decode to UTF-8"):
         sqlite.fedjax_sqlite(path, path, NUMBERS)
 
 

@@ -231,6 +231,31 @@ def test_files_that_are_not_there_or_damaged(tmp_path):
             tfrecord(str(tmp_path / name), path, WANTED)
 
 
+@pytest.mark.parametrize("rest", [1, 11, 12, 20])
+def test_a_file_that_ends_within_a_record(tmp_path, rest):
+    """TensorFlow itself takes the first two for the end of the file."""
+    path = Path(_write(tmp_path / "s", [_example(c=b"a", v=1), _example(c=b"b", v=2)]))
+    first = 16 + len(_example(c=b"a", v=1))
+    path.write_bytes(path.read_bytes()[: first + rest])
+    with pytest.raises(UserError, match=r"/s is (cut off|damaged or not a TFRecord)"):
+        tfrecord(str(path), str(path), {"v": ("v", (), "uint8")}, "c")
+
+
+def test_ids_of_two_kinds_that_would_become_one(tmp_path):
+    path = _write(tmp_path / "s-0", [_example(c=1, v=1)])
+    _write(tmp_path / "s-1", [_example(c=b"1", v=2)])
+    with pytest.raises(UserError, match=r"s-\*: the client ids 1 and b'1' are one as text"):
+        tfrecord(str(tmp_path / "s-*"), path, {"v": ("v", (), "uint8")}, "c")
+
+
+@pytest.mark.parametrize("damage", [lambda record: b"\x0a\xff" + record, lambda r: r + b"\x88\xff"])
+def test_a_damaged_record_is_named(tmp_path, damage):
+    records = [_example(c=b"a", v=1), damage(_example(c=b"b", v=2))]
+    path = _write(tmp_path / "s", records)
+    with pytest.raises(UserError, match=r"/s: .* is (not a tf.train.Example|damaged)"):
+        tfrecord(path, path, {"v": ("v", (), "uint8")}, "c")
+
+
 def test_what_cannot_be_written(tmp_path):
     dataset = _dataset()
     with pytest.raises(UserError, match="num_shards must be from 1 to the number of clients, 4"):
@@ -312,6 +337,37 @@ def test_tff_tables_must_agree(tmp_path):
     with pytest.raises(UserError, match=r"'z' of the split 'test' has no examples; .*drop_empty"):
         sqlite.tff_sqlite(path, TFF)
     assert sqlite.tff_sqlite(path, TFF, drop_empty=True).test.num_clients == 1
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            "UPDATE examples SET client_id = CAST(client_id AS BLOB) WHERE rowid = 1",
+            "are one as text",
+        ),
+        (
+            "UPDATE client_metadata SET client_id = x'ff' WHERE rowid = 1",
+            "has 0 examples, .* says 2",
+        ),
+        (
+            "UPDATE examples SET serialized_example_proto = 'text' WHERE rowid = 1",
+            "'b' is not a tf",
+        ),
+        (
+            "UPDATE examples SET serialized_example_proto = x'0aff' WHERE rowid = 4",
+            "'b' is not a tf",
+        ),
+        ("UPDATE examples SET serialized_example_proto = 7 WHERE rowid = 4", "'b' is not a tf"),
+    ],
+)
+def test_cells_of_another_type(tmp_path, change, message):
+    path = _write_tff(tmp_path / "a.sqlite", EXAMPLES)
+    with sqlite3.connect(path) as database:
+        database.execute(change)
+    with pytest.raises(UserError, match=r"a\.sqlite: .*" + message):
+        sqlite.tff_sqlite(path, TFF)
 
 
 def test_a_wrong_tff_example_names_its_client(tmp_path):

@@ -108,7 +108,7 @@ def test_tags_are_ranked_by_count_and_then_by_the_order_of_the_file(tmp_path):
     assert read_tag_counts(path, 3) == ("b", "z", "a")
     with pytest.raises(UserError, match="has 4 entries, 9 are asked for"):
         read_tag_counts(path, 9)
-    for content in ("c 1", "[1, 2]", '{"a": "x"}'):
+    for content in ("c 1", "[1, 2]", '{"a": "x"}', "[" * 200_000):
         path.write_text(content)
         with pytest.raises(UserError, match="expected JSON of the form {tag: count}"):
             read_tag_counts(path, 1)

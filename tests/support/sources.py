@@ -41,7 +41,7 @@ class Clients:
         time.sleep(self.seconds)
         odd = self.odd_shape_from is not None and i >= self.odd_shape_from
         x = np.random.default_rng(i).integers(0, 1000, (self.sizes[i], 4 if odd else 3), np.uint16)
-        return {"x": x, "word é": x[:, 0].astype("U4"), "y": x.sum(axis=1) / 7}
+        return {"x": x, "odd/name é": x[:, 0].astype(">i4"), "y": x.sum(axis=1) / 7}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import copy
 import importlib.util  # noqa: F401  Gin 0.5 uses it without importing it.
 import inspect
 import io
@@ -12,12 +12,15 @@ import re
 import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import gin
 from gin import config as gin_config
 
 import fedexp
+from fedexp import bindings as bound
 from fedexp import paths
+from fedexp.bindings import near
 from fedexp.errors import UserError
 
 # What a run that has begun leaves in its workdir: all that was in force.
@@ -43,14 +46,16 @@ def load(files: Sequence[str], bindings: Sequence[str]) -> None:
     also be in a bucket, as s3://bucket/a.gin; so may what it includes.
 
     Raises:
-      UserError: a missing file, a syntax error or a name nobody knows, with the nearest known one.
+      UserError: a missing file, a syntax error, a name nobody knows, with the nearest known one, or a value
+        that its annotation does not admit.
     """
     if (shipped := str(shipped_configs())) not in gin_config._LOCATION_PREFIXES:
         gin.add_config_file_search_path(shipped)
     gin_config.register_file_reader(_open_remote, _is_remote_file)
     logging.getLogger().addFilter(_is_worth_logging)
     try:
-        gin.parse_config_files_and_bindings(list(files), list(bindings))
+        with bound.recording():
+            gin.parse_config_files_and_bindings(list(files), list(bindings))
     except _GIN_ERRORS as error:
         if _is_a_bug_of_an_imported_module(error):
             raise
@@ -60,6 +65,7 @@ def load(files: Sequence[str], bindings: Sequence[str]) -> None:
                 f" Neither a path from {Path.cwd()} nor one that fedexp ships: {shipped_names()}"
             )
         raise UserError(f"gin: {_one_line(error)}{way_out}") from error
+    bound.check_types()
     _check_scopes()
 
 
@@ -77,7 +83,11 @@ def shipped_names() -> str:
 
 def bindings() -> dict[str, str]:
     """All bindings in force, {'scope/name.parameter': value as gin writes it}."""
-    return _flat(gin_config._CONFIG)
+    return {
+        bound.name_of(scope, selector, parameter): bound.text_of(value)
+        for (scope, selector), parameters in gin_config._CONFIG.items()
+        for parameter, value in parameters.items()
+    }
 
 
 @gin.configurable("workdir", denylist=["path", "write"])
@@ -119,25 +129,22 @@ def prepare_workdir(
 
 
 def check_overrides_used(overrides: Iterable[str]) -> None:
-    """Refuses overrides that nothing has read, once everything that reads them is built.
+    """Refuses bindings without effect, once everything that reads them is built.
 
     Raises:
-      UserError: an override of something the experiment does not use.
+      UserError: a binding that nothing has read, where some are overrides or all of them are one experiment.
     """
-    in_force = _flat(gin_config._OPERATIVE_CONFIG)
-    for override in overrides:
-        name = override.split("=", 1)[0].strip()
-        if "." not in name:
-            continue
-        scope, _, selector = name.rpartition("/")
-        selector, _, parameter = selector.rpartition(".")
-        full = gin_config._REGISTRY.get_match(selector).selector
-        key = _key(scope, full, parameter)
-        if not any(known == key or known.endswith("/" + key) for known in in_force):
-            near = _near(key, in_force)
-            raise UserError(
-                f"--gin_param={override} has no effect: this experiment never uses it.{near}"
-            )
+    if list(overrides) or bound.is_experiment():
+        bound.check_read(built=True)
+
+
+def evaluate(selector: str, parameter: str) -> Any:
+    """What Gin gives for a parameter of a configurable that is called with this value of its own."""
+    value = gin_config._CONFIG[("", selector)][parameter]
+    built = copy.deepcopy(value)  # Gin's way to evaluate references.
+    with gin_config._OPERATIVE_CONFIG_LOCK:
+        gin_config._OPERATIVE_CONFIG.setdefault(("", selector), {})[parameter] = value
+    return built
 
 
 def differences(recorded: str) -> list[str]:
@@ -152,8 +159,12 @@ def differences(recorded: str) -> list[str]:
 
 
 def as_text() -> str:
-    """The bindings in force as sorted lines of a gin file."""
-    lines = (f"{name} = {value}\n" for name, value in sorted(bindings().items()))
+    """The bindings in force as sorted lines of a gin file, after those that they replace.
+
+    Without the latter, what belongs to an algorithm that was replaced would be a mistake there.
+    """
+    before = [(bound.name_of(*s.key), bound.text_of(s.value)) for s in bound.replaced()]
+    lines = (f"{name} = {value}\n" for name, value in [*before, *sorted(bindings().items())])
     return "".join(line for line in lines if _is_experiment(line))
 
 
@@ -182,33 +193,20 @@ def _is_remote_file(name: str) -> bool:
 
 
 def _open_remote(name: str) -> io.StringIO:
-    return io.StringIO(paths.read_text(name))
+    stream = io.StringIO(paths.read_text(name))
+    stream.name = name  # Gin names it in messages.
+    return stream
 
 
 def _is_experiment(name: str) -> bool:
     return not name.startswith(_NOT_PART_OF_THE_EXPERIMENT)
 
 
-def _flat(config) -> dict[str, str]:
-    return {
-        _key(scope, selector, parameter): " ".join(repr(value).split())
-        for (scope, selector), parameters in config.items()
-        for parameter, value in parameters.items()
-    }
-
-
-def _key(scope: str, selector: str, parameter: str) -> str:
-    if selector == "gin.macro":
-        return scope
-    name = gin_config._REGISTRY.minimal_selector(selector)
-    return f"{scope}/{name}.{parameter}" if scope else f"{name}.{parameter}"
-
-
 def _check_scopes() -> None:
     """A binding whose scope no reference enters would be ignored silently."""
     entered = {
         scope
-        for reference in gin_config.iterate_references(gin_config._CONFIG)
+        for reference in bound.all_references()
         for scope in reference.scoped_selector.split("/")[:-1]
     }
     for scope, selector in gin_config._CONFIG:
@@ -216,7 +214,7 @@ def _check_scopes() -> None:
             if part and selector != "gin.macro" and part not in entered:
                 name = gin_config._REGISTRY.minimal_selector(selector)
                 raise UserError(
-                    f"gin: nothing uses the scope of {scope}/{name}.{_near(part, entered)}"
+                    f"gin: nothing uses the scope of {scope}/{name}.{near(part, entered)}"
                 )
 
 
@@ -224,16 +222,16 @@ def _suggestion(message: str) -> str:
     """Names the nearest configurable, parameter or macro to the one gin could not find."""
     if found := re.search(r"No configurable matching (?:reference )?'@?([\w./]+)", message):
         names = [selector.split(".")[-1] for selector, _ in gin_config._REGISTRY.items()]
-        return _near(found[1].split("/")[-1].split(".")[-1], names)
+        return near(found[1].split("/")[-1].split(".")[-1], names)
     if found := re.search(
         r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", message
     ):
         configurable = gin_config._REGISTRY.get_match(found[1])
         known = inspect.signature(configurable.wrapped).parameters
-        return _near(found[2], known) or _elsewhere(found[2])
+        return near(found[2], known) or _elsewhere(found[2])
     if found := re.search(r"No bindings specified for '([\w/]+)/gin.macro'", message):
         macros = [scope for scope, selector in gin_config._CONFIG if selector == "gin.macro"]
-        return _near(found[1], macros)
+        return near(found[1], macros)
     return ""
 
 
@@ -246,11 +244,6 @@ def _elsewhere(parameter: str) -> str:
         and parameter in inspect.signature(configurable.wrapped).parameters
     }
     return f" Did you mean '{owners.pop()}.{parameter}'?" if len(owners) == 1 else ""
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
 def _one_line(error: Exception) -> str:

@@ -9,10 +9,15 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 from absl import app, flags
+
+if TYPE_CHECKING:
+    from fedexp import trainer
 
 _GIN_FILES = flags.DEFINE_multi_string(
     "gin_file",
@@ -52,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
             if _WORKDIR.value:
                 stack.enter_context(trainer.using(_WORKDIR.value))
                 config.prepare_workdir(_WORKDIR.value, write=runtime.is_first())
-            result = trainer.Experiment().run(_WORKDIR.value, overrides=_GIN_PARAMS.value)
+            result = experiment().run(_WORKDIR.value, overrides=_GIN_PARAMS.value)
     except UserError as error:
         runtime.exit_process(f"error: {_without_gin_frames(str(error))}", code=2)
     if runtime.is_first():
@@ -62,6 +67,33 @@ def main(argv: Sequence[str]) -> int:
         elif _WORKDIR.value:
             print(f"{_tensorboard()} --logdir {_WORKDIR.value}")
     return 0 if result.stopped_by is None else 128 + result.stopped_by
+
+
+def experiment() -> trainer.Experiment:
+    """The experiment that is bound. Its data come last: mistakes elsewhere are told before these are made.
+
+    Raises:
+      UserError: a mistake in the bindings.
+    """
+    from fedexp import bindings, config, trainer
+
+    bindings.check_required()
+    rest = trainer.Experiment(None)  # type: ignore[arg-type]  # By place: Gin would build one of its name.
+    bindings.check_fields(rest, but="dataset")
+    for make in (rest.algorithm, *(plan.personalise for plan in rest.evaluations)):
+        if callable(make):
+            make(rest.task)
+    bindings.check_read(built=False)
+    # Not by `replace`, for which Gin would build all the rest anew.
+    object.__setattr__(rest, "dataset", config.evaluate("fedexp.trainer.train", "dataset"))
+    bindings.check_fields(rest)
+    return rest
+
+
+def leave(*_: object) -> NoReturn:
+    """Ends after Ctrl-C in one line. What is on the disk is whole at any moment: there is nothing to tidy up."""
+    os.write(2, b"interrupted\n")
+    os._exit(128 + signal.SIGINT)
 
 
 def _tensorboard() -> str:
@@ -78,4 +110,9 @@ def _without_gin_frames(message: str) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    # No KeyboardInterrupt: a callback, as of the garbage collector, would swallow it.
+    signal.signal(signal.SIGINT, leave)
+    try:
+        app.run(main)
+    except KeyboardInterrupt:  # From a second one during training, once all is flushed.
+        leave()

@@ -165,6 +165,6 @@ def test_an_override_that_nothing_reads_is_refused():
 
 
 def test_an_override_that_is_read_is_accepted():
-    overrides = ["client/sgd.learning_rate = 0.01", "train.num_rounds = 1", "task = 3"]
+    overrides = ["client/sgd.learning_rate = %rate", "train.num_rounds = 1", "rate = 0.01"]
     config.load([LINEAR], overrides)
     assert Experiment(observers=()).run(overrides=overrides).rounds == 1

@@ -7,6 +7,8 @@ A Gin file tells client and server optimizers apart by scope: `client/sgd.learni
 from __future__ import annotations
 
 import functools
+import inspect
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedexp.errors import check
+from fedexp.errors import UserError, check
 
 ScalarOrSchedule = float | optax.Schedule
 
@@ -32,18 +34,44 @@ _OPTAX_SCHEDULES = (
 )
 
 
+# Numbers that are not finite and at least 0 are refused; these are also below 1.
+_DECAYS = ("b1", "b2", "b3", "decay", "momentum")
+_OTHERS = ("learning_rate", "eps", "eps_root", "weight_decay", "initial_accumulator_value")
+
+
+def _scoped(name: str) -> str:
+    return "/".join([*gin.current_scope(), name])
+
+
 def _checked(optimizer: Callable[..., optax.GradientTransformation]):
-    """Refuses learning rates that are negative or not a number."""
+    """Refuses hyperparameters that are out of range, as a negative learning rate."""
+    names = list(inspect.signature(optimizer).parameters)
 
     @functools.wraps(optimizer)
     def build(learning_rate: ScalarOrSchedule = gin.REQUIRED, *args, **kwargs):
-        scope = "/".join([*gin.current_scope(), optimizer.__name__])
-        check(
-            callable(learning_rate) or learning_rate >= 0,
-            f"{scope}.learning_rate must not be negative, got {learning_rate}; "
-            "gradients are already descended",
-        )
+        given = {"learning_rate": learning_rate, **dict(zip(names[1:], args, strict=False))}
+        for name, value in {**given, **kwargs}.items():
+            if value is None or callable(value) or name not in (*_DECAYS, *_OTHERS):
+                continue
+            wanted = "at least 0 and below 1" if name in _DECAYS else "finite and at least 0"
+            check(
+                (value >= 0) & (value < (1 if name in _DECAYS else math.inf)),
+                f"{_scoped(optimizer.__name__)}.{name} must be {wanted}, got {value}",
+            )
         return optimizer(learning_rate, *args, **kwargs)
+
+    return build
+
+
+def _checked_schedule(schedule: Callable[..., optax.Schedule]):
+    """Tells what Optax refuses as a mistake of the user."""
+
+    @functools.wraps(schedule)
+    def build(*args, **kwargs):
+        try:
+            return schedule(*args, **kwargs)
+        except ValueError as error:
+            raise UserError(f"{_scoped(schedule.__name__)}: {error}") from error
 
     return build
 
@@ -161,4 +189,4 @@ def yogi(
 for _name in _OPTAX_OPTIMIZERS:
     gin.external_configurable(_checked(getattr(optax, _name)), name=_name, module="optax")
 for _name in _OPTAX_SCHEDULES:
-    gin.external_configurable(getattr(optax, _name), name=_name, module="optax")
+    gin.external_configurable(_checked_schedule(getattr(optax, _name)), name=_name, module="optax")

@@ -11,6 +11,9 @@ import numpy as np
 
 from fedexp.errors import UserError
 
+# Of one client in one round: their row numbers alone take 8 bytes each.
+_MOST_PLACES = 2**28
+
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +35,7 @@ class ClientBatching:
       max_examples: a client with more examples trains on its first ones, and weighs no more than these.
 
     Raises:
-      UserError: a number below 1, or an unknown remainder.
+      UserError: a number out of range, or an unknown remainder.
     """
 
     batch_size: int = 20
@@ -45,8 +48,8 @@ class ClientBatching:
     def __post_init__(self) -> None:
         for name in ("batch_size", "local_epochs", "local_steps", "max_examples"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"ClientBatching.{name} must be at least 1, got {value}")
+            if value is not None and not 1 <= value < 2**31:
+                raise UserError(f"ClientBatching.{name} must be from 1 to 2**31 - 1, got {value}")
         if self.remainder not in ("mask", "drop", "fill"):
             raise UserError(
                 f"ClientBatching.remainder must be 'mask', 'drop' or 'fill', got {self.remainder!r}"
@@ -55,6 +58,28 @@ class ClientBatching:
     def limited(self, sizes: np.ndarray) -> np.ndarray:
         """How many examples of clients of these sizes count; the other methods take these numbers."""
         return sizes if self.max_examples is None else np.minimum(sizes, self.max_examples)
+
+    def fitted(self, sizes: np.ndarray) -> ClientBatching:
+        """The same batches of clients of these sizes, with no places that none of them can fill.
+
+        Raises:
+          UserError: batches for which there are not enough examples, or not enough memory.
+        """
+        fitted, total = self, int(sizes.sum())
+        if self.local_steps is None and self.remainder != "fill":
+            fitted = dataclasses.replace(self, batch_size=min(self.batch_size, int(sizes.max())))
+        elif self.batch_size > total:
+            raise UserError(
+                f"ClientBatching.batch_size is {self.batch_size}, and all clients together have {total} "
+                "examples to fill a batch with; lower it"
+            )
+        places = int(fitted.num_steps(sizes).max()) * fitted.batch_size
+        if places > _MOST_PLACES:
+            raise UserError(
+                f"one client would train on {places:,} examples a round, repetitions counted; lower "
+                "ClientBatching.local_epochs, local_steps or batch_size"
+            )
+        return fitted
 
     def num_steps(self, sizes: np.ndarray) -> np.ndarray:
         """Local steps of clients with the given numbers of examples, in the shape of `sizes`."""

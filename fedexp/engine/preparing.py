@@ -212,6 +212,7 @@ class Preparer:
         ran = sizes[sizes > 0]
         if not len(ran):
             raise UserError(f"no client of the training split has examples in {pass_.split!r}")
+        batching = batching.fitted(ran)
         steps = np.zeros_like(sizes)
         steps[sizes > 0] = batching.num_steps(ran)
         examples = np.zeros_like(sizes)

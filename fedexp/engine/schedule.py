@@ -124,16 +124,17 @@ def batch_sizes(counts: np.ndarray, most: int) -> tuple[int, ...]:
       Ascending; the last is B.
     """
     full = len(counts) - 1
-    real = np.arange(len(counts))
-
-    def computed(sizes: tuple[int, ...]) -> int:
-        return int(np.array(sizes)[np.searchsorted(sizes, real)] @ counts)
-
-    best = (full,)
+    up_to = np.cumsum(counts)  # Batches that a size holds.
+    best, cost = (full,), full * int(up_to[-1])
     while len(best) < min(most, full):
-        candidates = [tuple(sorted({*best, size})) for size in range(1, full) if size not in best]
-        better = min(candidates, key=computed)
-        if computed(better) > 0.95 * computed(best):
+        # A size between two of the best takes over the batches that only the larger one has held.
+        ends = np.array(best)[np.searchsorted(best, np.arange(full))]
+        held = np.concatenate([[0], up_to[np.array(best[:-1], np.int64)]])
+        before = held[np.searchsorted(best, np.arange(full))]
+        saved = (ends - np.arange(full)) * (up_to[:full] - before)
+        saved[[0, *best[:-1]]] = -1  # No sizes, or none that are new.
+        size = int(saved.argmax())
+        if cost - saved[size] > 0.95 * cost:
             break
-        best = better
+        best, cost = tuple(sorted({*best, size})), cost - int(saved[size])
     return best

@@ -120,5 +120,15 @@ def test_shuffling_differs_between_epochs():
 
 @pytest.mark.parametrize("field", ["batch_size", "local_epochs", "local_steps", "max_examples"])
 def test_zero_is_refused_by_name(field):
-    with pytest.raises(UserError, match=f"{field} must be at least 1, got 0"):
+    with pytest.raises(UserError, match=f"{field} must be from 1 .*, got 0"):
         ClientBatching(**{field: 0})
+
+
+def test_places_that_no_client_fills_are_left_out():
+    sizes = np.array([3, 7])
+    assert ClientBatching(1_000_000).fitted(sizes).batch_size == 7
+    assert ClientBatching(5).fitted(sizes) == ClientBatching(5)
+    with pytest.raises(UserError, match="batch_size is 11, and all clients together have 10"):
+        ClientBatching(11, remainder="fill").fitted(sizes)
+    with pytest.raises(UserError, match="train on 7,000,000,000 examples a round"):
+        ClientBatching(local_epochs=10**9).fitted(sizes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -103,6 +105,32 @@ def test_two_batch_sizes_are_the_best_two_or_one(counts):
     worth = best <= 0.95 * computed(full) and full > 1
     assert computed(*chosen) == (best if worth else computed(full))
     assert list(chosen) == sorted(chosen) and chosen[-1] == full
+
+
+@given(st.lists(st.integers(0, 1000), min_size=2, max_size=30), st.integers(1, 6))
+def test_batch_sizes_are_added_one_by_one_the_best_first(counts, most):
+    """Against trying every further size."""
+    full, real = len(counts) - 1, np.arange(len(counts))
+
+    def computed(sizes):
+        return int(np.array(sizes)[np.searchsorted(sizes, real)] @ counts)
+
+    best = (full,)
+    while len(best) < min(most, full):
+        more = [tuple(sorted({*best, size})) for size in range(1, full) if size not in best]
+        better = min(more, key=computed)
+        if computed(better) > 0.95 * computed(best):
+            break
+        best = better
+    assert schedule_lib.batch_sizes(np.array(counts), most) == best
+
+
+def test_batch_sizes_of_a_million_are_chosen_at_once():
+    counts = np.zeros(1_000_001, np.int64)
+    counts[[300_000, 1_000_000]] = 5, 1
+    begin = time.process_time()
+    assert schedule_lib.batch_sizes(counts, 3) == (300_000, 1_000_000)
+    assert time.process_time() - begin < 2
 
 
 def test_a_step_is_as_wide_as_its_largest_batch():

@@ -1,0 +1,160 @@
+"""Bindings that do not fit, that nobody reads, or that are missing: told before anything is built."""
+
+from __future__ import annotations
+
+import time
+
+import gin
+import numpy as np
+import pytest
+
+import fedexp.trainer  # noqa: F401  Registers what the files name.
+from fedexp import bindings, config
+from fedexp.data import FederatedDataset, FederatedSplits
+from fedexp.errors import UserError
+from fedexp.main import experiment
+
+LINEAR = "tests/support/linear.gin"
+
+
+@gin.configurable(module="tests")
+def without_annotation(what: str = "splits"):
+    """A data set as a user may write it, perhaps with a mistake."""
+    data = FederatedDataset.from_clients({"a": {"x": np.zeros((2, 3)), "y": np.zeros(2)}})
+    return {"splits": FederatedSplits(data, data), "data": data, "nothing": None}[what]
+
+
+@gin.configurable(module="tests")
+def own_algorithm(task, rate: float = 0.1, names: tuple[str, ...] = (), limit: float = None):  # type: ignore  # noqa: RUF013
+    """Annotated in part, and as sloppily as users do it."""
+
+
+def refusal(*params: str, files: tuple[str, ...] = (LINEAR,)) -> str:
+    """What a config is refused with; nothing of the data has been built."""
+    with pytest.raises(UserError) as caught:
+        config.load(files, params)
+        experiment()
+    line = str(caught.value).splitlines()[0]
+    assert "In call to" not in line
+    return line
+
+
+@pytest.mark.parametrize(
+    ("param", "message"),
+    [
+        ("train.num_rounds = 1e1", "num_rounds = 10.0 must be int; write 10"),
+        ("train.num_rounds = '10'", "must be int; write 10"),
+        ("train.num_rounds = True", "must be int"),
+        ("train.num_rounds = 10000000000000000000", "does not fit into 64 bits"),
+        ("train.seed = -1", "must not be negative"),
+        ("ClientBatching.batch_size = 20.0", "must be int; write 20"),
+        ("evaluate.every = 2.5", "must be int"),
+        ("evaluate.clients = 'cohorts'", "'cohort' or 'held_out'"),
+        ("train.strategy = 'jit'", "must be Strategy or None; write @jit()"),
+        ("train.sampler = @uniform", "must be Sampler; write @uniform()"),
+        ("train.algorithm = 'fedavg'", "write @fedavg"),
+        ("train.algorithm = @fedavg()", "needs task; write @fedavg"),
+        ("train.algorithm = @sgd", "must be Algorithm or a function, such as @apfl"),
+        ("train.evaluations = @evaluate()", r"must be a list of Evaluate; write [@evaluate()]"),
+        ("fedavg.aggregator = [@top_k(), @mean]", "write [@top_k(), @mean()]"),
+        ("fedavg.server_optimizer = @server/adam", "write @server/adam()"),
+        ("fedavg.weigh_by = 'token'", "'examples' or 'tokens' or 'uniform'"),
+        ("client/sgd.learning_rate = '0.1'", "must be float or a function; write 0.1"),
+        ("client/sgd.nesterov = 'False'", "must be True or False; write False"),
+        ("train.task = @linear_splits()", "must be Task, such as"),
+        ("train.dataset = None", "must be FederatedSplits"),
+        ("train.dataset = @uniform()", "must be FederatedSplits"),
+        ("train.algorithm = @fedprox", "fedprox.mu is not bound; it must be float"),
+        ("fedavg.server_optimizer = @other/sgd()", "other/sgd.learning_rate is not bound"),
+        ("train.task = @classification()", "classification.model is not bound; it must be Module"),
+        ("server/adam.eps = -1.0", "eps must be finite and at least 0, got -1.0"),
+        ("server/adam.b2 = 2.0", "b2 must be at least 0 and below 1, got 2.0"),
+        ("client/sgd.learning_rate = 1e999", "must be finite and at least 0, got inf"),
+        ("sgd.learning_rate = 99", "no effect: client/sgd.learning_rate wins by a narrower scope"),
+        ("nun_rounds = 500", "nothing reads %nun_rounds. Did you mean 'train.num_rounds'?"),
+        ("yogi.b1 = 0.1", "this experiment never uses it"),
+    ],
+)
+def test_a_mistake_is_one_line(param, message):
+    assert message in refusal(param)
+
+
+def test_int_for_float_and_user_code_without_annotations_pass():
+    params = [
+        "train.num_rounds = %rounds",
+        "rounds = 3",
+        "client/sgd.learning_rate = 1",
+        "train.dataset = @without_annotation()",
+        "own_algorithm.limit = None",
+        "own_algorithm.names = ('a',)",
+        "train.evaluations = []",
+    ]
+    config.load([LINEAR], params[:4] + params[6:])
+    assert experiment().num_rounds == 3
+    gin.clear_config()
+    config.load([], params[4:6])
+
+
+@pytest.mark.parametrize(("what", "got"), [("data", "FederatedDataset"), ("nothing", "None")])
+def test_what_an_annotation_does_not_tell_is_looked_at_when_it_is_built(what, got):
+    params = ("train.dataset = @without_annotation()", f"without_annotation.what = '{what}'")
+    assert "must give FederatedSplits" in (line := refusal(*params))
+    assert got in line and "train.dataset = @without_annotation()" in line
+
+
+@pytest.mark.parametrize("value", ["'fast'", "@uniform", "[1.0]"])
+def test_annotations_of_users_count(value):
+    message = "own_algorithm.rate = .* must be float"
+    with pytest.raises(UserError, match=message):
+        config.load([], [f"own_algorithm.rate = {value}"])
+
+
+def test_a_file_is_held_to_it_too_and_is_named_with_the_line(tmp_path):
+    file = tmp_path / "mine.gin"
+    file.write_text(f"include '{LINEAR}'\n\nnun_rounds = 500\n")
+    assert "nun_rounds = 500 (mine.gin, line 3) has no effect" in refusal(files=(str(file),))
+    gin.clear_config()
+    file.write_text(f"include '{LINEAR}'\nsgd.momentum = 0.5\nclient/sgd.momentum = 0.9\n")
+    assert "sgd.momentum = 0.5 (mine.gin, line 2) has no effect" in refusal(files=(str(file),))
+
+
+def test_what_an_including_file_replaces_is_no_mistake(tmp_path):
+    file = tmp_path / "mine.gin"
+    file.write_text(
+        f"include '{LINEAR}'\ntrain.algorithm = @mime\nmime.optimizer = @base/sgd()\n"
+        "base/sgd.learning_rate = 0.1\n"
+    )
+    config.load([str(file)], [])
+    experiment()
+    record = config.as_text()
+    gin.clear_config()
+    (tmp_path / "config.gin").write_text(record)
+    config.load([str(tmp_path / "config.gin")], [])
+    experiment()
+    assert not config.differences(record)
+
+
+def test_all_shipped_configs_pass_in_no_time(monkeypatch):
+    """Up to their data, which may be far away."""
+    data = FederatedDataset.from_clients({"a": {"x": np.zeros((2, 3)), "y": np.zeros(2)}})
+    monkeypatch.setattr(config, "evaluate", lambda *_: FederatedSplits(data, data))
+    spent = []
+
+    def timed(check):
+        def run(*args, **kwargs):
+            begin = time.process_time()
+            check(*args, **kwargs)
+            spent[-1] += time.process_time() - begin
+
+        return run
+
+    for name in ("check_types", "check_required", "check_read", "check_fields"):
+        monkeypatch.setattr(bindings, name, timed(getattr(bindings, name)))
+    files = sorted(path.name for path in config.shipped_configs().glob("*.gin"))
+    for file in files:
+        gin.clear_config()
+        spent.append(0.0)
+        config.load([file], [])
+        experiment()
+    assert len(files) > 40
+    assert max(spent) < 0.2

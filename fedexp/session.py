@@ -215,7 +215,7 @@ class Session:
         if before is not states and before is not None and states is not None:
             states.load(before.save())
         round_ = after
-        for prepared, waited in watch(self._prepared(range(after.number, self.setup.num_rounds))):
+        for prepared, waited in watch(self.prepared(range(after.number, self.setup.num_rounds))):
             output, noted = self.engine.runner.run(round_.state, prepared, note())
             reported = (output.metrics, output.per_client, noted)
             round_ = Round(self, prepared.round + 1, output.state, prepared, reported, waited)
@@ -245,7 +245,7 @@ class Session:
             raise UserError(f"train.algorithm must be, or make, an Algorithm; got {algorithm!r}")
         return algorithm
 
-    def _prepared(self, rounds: range) -> Iterator[tuple[PreparedRound, float]]:
+    def prepared(self, rounds: range) -> Iterator[tuple[PreparedRound, float]]:
         """Yields (prepared round, seconds waited for it); the next one is prepared meanwhile."""
         ids, seed = self.setup.dataset.train.client_ids, self.setup.seed
 

@@ -74,7 +74,7 @@ def test_trials_of_other_hyperparameters_can_be_vmapped_in_one_program(name):
         runner._round = algorithm.round
         state = algorithm.init(params, jax.random.key(1))
         root = jax.random.key_data(jax.random.key(0))
-        output, _ = runner._body(
+        output, _ = runner.body(
             state,
             None,
             jnp.array([0, 3]),

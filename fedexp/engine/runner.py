@@ -123,7 +123,7 @@ class Runner:
     def _arguments(
         self, state: PyTree, prepared: PreparedRound, note: int = 0
     ) -> tuple[PyTree, ...]:
-        """What a round's program is called with; see `_body`."""
+        """What a round's program is called with; see `body`."""
         frozen = getattr(state, "frozen", None)
         if frozen is not None:
             state = _without_frozen(state)
@@ -154,7 +154,7 @@ class Runner:
         return output
 
     def _traced(self, *args: PyTree) -> tuple[RoundOutput, jax.Array | None]:
-        output, noted = self._body(*args)
+        output, noted = self.body(*args)
         metrics, per_client = map(PackedMapping.of, (output.metrics, output.per_client))
         kept = (output.state, metrics, per_client, noted)
         state, metrics, per_client, noted = self._placement.keep_replicated(kept)
@@ -163,7 +163,7 @@ class Runner:
 
     def _interpreted(self, *args: PyTree) -> tuple[RoundOutput, jax.Array | None]:
         try:
-            return self._body(*args)
+            return self.body(*args)
         except Exception as error:
             _, _, header, _, by_device, *_ = args
             round_, size = header.tolist()
@@ -172,9 +172,23 @@ class Runner:
             error.add_note(f"in round {round_}, whose clients are {ids}")
             raise
 
-    def _body(
+    def body(
         self, state, frozen, header, root, by_device, examples, client_states, notes
     ) -> tuple[RoundOutput, jax.Array | None]:
+        """A round as a pure function, for programs of more than one.
+
+        Args:
+          state: the server's, with None for `frozen`.
+          frozen: the server state's attribute `frozen`, or None.
+          header: (2,) int32, the round's number and the cohort's size.
+          root: key data of the run's key.
+          by_device: see `PreparedRound`, and so examples.
+          client_states: (D, S, ...) of the cohort's slots, or None.
+          notes: (D,) int32; None for a single process.
+
+        Returns:
+          What the round leaves, its state with None for `frozen`; and the highest note.
+        """
         if frozen is not None:
             state = state._replace(frozen=frozen)
         device: DeviceInputs = by_device.unpack()

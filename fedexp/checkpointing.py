@@ -434,11 +434,8 @@ class Checkpointer:
     def _about(self, round: int) -> dict[str, Any]:
         """What is known of a checkpoint besides its arrays."""
         args = self._ocp.args.Composite(about=self._ocp.args.JsonRestore())
-        return {
-            "metrics": None,
-            **self._manager.restore(round, args=args).about,
-            **self._added(round),
-        }
+        read: Any = self._manager.restore(round, args=args)
+        return {"metrics": None, **read.about, **self._added(round)}
 
     def _added(self, round: int) -> dict[str, Any]:
         path = self._folder / str(round) / _ADDED

@@ -14,10 +14,12 @@ import pytest
 from fedexp.aggregators import clip_by_norm, gaussian_noise, mean
 from fedexp.algorithms import apfl, fedavg, fedprox, optimizers, scaffold
 from fedexp.contracts import (
+    Aggregated,
     Algorithm,
     ClientWork,
     Pass,
     RoundOutput,
+    Sent,
     full_pass,
 )
 from fedexp.data import ClientBatching, FederatedDataset, FederatedSplits, Sample, Sampler
@@ -240,3 +242,107 @@ def test_a_key_in_a_clients_state_is_refused_in_words():
     )
     with pytest.raises(UserError, match="a client's state holds a PRNG key"):
         run(algorithm)
+
+
+def broken(part: str) -> Algorithm:
+    """FedSGD of the linear task, but for one mistake."""
+
+    def client_init(params, client):
+        return jax.tree.map(jnp.zeros_like, params)
+
+    def step(params, carry, batch, key):
+        grads = jax.grad(lambda p: jnp.mean(TASK.apply(p, batch.examples, None) ** 2))(params)
+        carry = jax.tree.map(jnp.add, carry, grads)
+        if part == "bug":
+            return carry["c"]
+        return {
+            "carry's structure": (carry, 1),
+            "carry's shape": carry | {"b": carry["b"][None]},
+            "carry's dtype": carry | {"b": carry["b"].astype(jnp.bfloat16)},
+            "no carry": None,
+        }.get(part, carry)
+
+    def finish(params, carry, client):
+        return carry if part == "finish" else (carry, jnp.float32(1))
+
+    def init(params, key):
+        return Params(params)
+
+    def round_(state, cohort, for_each_client):
+        work = ClientWork(client_init, step, finish)
+        total, each = for_each_client(work, state.params, cohort)
+        params = jax.tree.map(lambda p, t: p - 0.1 * t, state.params, total)
+        if part == "state":
+            params = params | {"b": params["b"][None]}
+        output = RoundOutput(Params(params), {"norm": jnp.float32(0)}, {"one": each})
+        return {
+            "tuple": tuple(output),
+            "None": None,
+            "metrics": output._replace(metrics=[1.0]),
+            "metric of a client": output._replace(per_client={"one": each.sum()}),
+            "unasked states": output._replace(client_states=each),
+            "states' shape": output._replace(client_states=each.sum()),
+        }.get(part, output)
+
+    has_states = part in ("forgotten state", "states' shape")
+    return Algorithm(init, round_, (lambda params: jnp.float32(0)) if has_states else None)
+
+
+@pytest.mark.parametrize("strategy", [debug, jit, lambda: jit(Packing(lanes=3))])
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("carry's structure", r"step \(.*:\d+\), must return a carry .*\['b'\] must be float32\[\], got"),
+        ("carry's shape", r"step, broken.* a carry .*: \['b'\] must be float32\[\], got float32\[1\]"),
+        ("carry's dtype", r"\['b'\] must be float32\[\], got bfloat16\[\]; the first .*client_init"),
+        ("no carry", r"ClientWork.step, broken.*must be float32\[\], got nothing"),
+        ("finish", r"ClientWork.finish, broken.*must return \(total, each\), got a dict of 2"),
+        ("state", r"Algorithm.round, broken.* a state .*\.params\['b'\] must be float32\[\], got fl"),
+        ("tuple", "Algorithm.round, broken.* must return a RoundOutput, got a tuple of 4"),
+        ("None", "must return a RoundOutput, got None"),
+        ("metrics", "must return metrics by name, got a list of 1"),
+        ("metric of a client", r"of all \d client slots: \['one'\] must be \[\d,\.\.\.\], got float32"),
+        ("unasked states", "no client_states: the algorithm has no init_client"),
+        ("forgotten state", "has an init_client, got None; .* return cohort.clients.state"),
+        ("states' shape", r"client_states like those it is given: must be float32\[\d\], got float32"),
+    ],
+)  # fmt: skip
+def test_a_broken_contract_is_named_with_its_function(strategy, part, message):
+    with pytest.raises(UserError, match=message):
+        run(broken(part), strategy=strategy())
+
+
+def link(**parts) -> Any:
+    return dataclasses.replace(mean(), **parts)
+
+
+@pytest.mark.parametrize(
+    ("aggregator", "message"),
+    [
+        (link(client=lambda *_: (1, 2)), r"Aggregator.client, <lambda>.* a Sent, got a tuple of 2"),
+        (link(server=lambda *_: None), "Aggregator.server, <lambda>.* an Aggregated, got None"),
+        (
+            link(server=lambda state, total, *_: Aggregated(total[0], 7)),
+            r"Aggregator.server, .* a state like the one it is given: must be nothing, got int32\[\]",
+        ),
+        (
+            link(server=lambda *_: Aggregated({"w": jnp.zeros(3)})),
+            r"must return an update like a client's: \['b'\] must be float32\[\], got nothing",
+        ),
+        (
+            [link(client=lambda *_: Sent(), reduces=False), mean()],
+            "must return a Sent with an Update, got None",
+        ),
+    ],
+)
+def test_an_aggregators_broken_contract_is_named(aggregator, message):
+    with pytest.raises(UserError, match=message):
+        run(fedavg(TASK, optax.sgd(0.1), optax.sgd(1.0), aggregator))
+
+
+def test_a_bug_of_ones_own_keeps_its_traceback_and_says_where_it_was_called():
+    with pytest.raises(KeyError, match="c") as caught:
+        run(broken("bug"))
+    notes = "\n".join(caught.value.__notes__)
+    assert "calling ClientWork.step, which is broken.<locals>.step (" in notes
+    assert "calling Algorithm.round, which is broken.<locals>.round_ (" in notes

@@ -8,6 +8,7 @@ from fedexp.aggregators.mean import mean
 from fedexp.aggregators.statistics import carrying_statistics
 from fedexp.contracts import Aggregated, Aggregator, Cohort, PyTree, Sent, Update
 from fedexp.errors import UserError
+from fedexp.promises import kept_client, kept_server
 from fedexp.streams import Stream, derive
 
 # What algorithms take for an aggregator; several are a chain.
@@ -42,7 +43,8 @@ def chain(*links: Aggregator) -> Aggregator:
         sent, metrics = [], {}
         for i, link in enumerate(links):
             own = None if client_state is None else client_state[i]
-            sent.append(link.client(state[i], update, own, derive(key, Stream.AGGREGATION, i)))
+            link_key = derive(key, Stream.AGGREGATION, i)
+            sent.append(kept_client(link, state[i], update, own, link_key))
             update = sent[-1].update
             metrics.update(sent[-1].metrics)
         return Sent(
@@ -56,7 +58,7 @@ def chain(*links: Aggregator) -> Aggregator:
         states, metrics = [], {}
         for i in reversed(range(len(links))):
             link_key = derive(key, Stream.AGGREGATION, i)
-            result = links[i].server(state[i], total[i], each[i], later, cohort, link_key)
+            result = kept_server(links[i], state[i], total[i], each[i], later, cohort, link_key)
             later = result.update
             states.append(result.state)
             metrics = {

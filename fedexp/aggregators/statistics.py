@@ -9,6 +9,7 @@ import jax
 from fedexp.aggregators.mean import mean
 from fedexp.contracts import Aggregated, Aggregator, Cohort, PyTree, Sent, Update
 from fedexp.errors import UserError
+from fedexp.promises import kept_client, kept_server
 from fedexp.tasks import join_statistics, split_statistics
 
 
@@ -34,7 +35,8 @@ def carrying_statistics(aggregator: Aggregator) -> Aggregator:
 
     def client(state: PyTree, update: Update, client_state: PyTree, key: jax.Array) -> Sent:
         trained, statistics = split_statistics(update.value)
-        sent = aggregator.client(state, update._replace(value=trained), client_state, key)
+        update = update._replace(value=trained)
+        sent = kept_client(aggregator, state, update, client_state, key)
         past = update._replace(value=statistics)
         past = average.client((), past, None, key).total if statistics else ()
         return sent._replace(total=(sent.total, past))
@@ -43,7 +45,7 @@ def carrying_statistics(aggregator: Aggregator) -> Aggregator:
         state: PyTree, total: PyTree, each: PyTree, later: PyTree, cohort: Cohort, key: jax.Array
     ) -> Aggregated:
         total, past = total
-        result = aggregator.server(state, total, each, later, cohort, key)
+        result = kept_server(aggregator, state, total, each, later, cohort, key)
         statistics = average.server((), past, (), None, cohort, key).update if past else {}
         return result._replace(update=join_statistics(result.update, statistics))
 

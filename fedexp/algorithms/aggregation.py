@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from fedexp.contracts import TRAIN, Aggregator, Clients, ClientWork, Cohort, ForEachClient, Metrics
+from fedexp.promises import check_like, kept_client, kept_server, kept_update, name_of
 from fedexp.streams import Stream, derive
 
 PyTree = Any
@@ -86,27 +88,36 @@ def aggregate(
       pass_: what the work goes through.
     """
 
+    sent_value: list[PyTree] = []  # Of one client, as it was traced; its shapes are looked at.
+
     def own(client: Clients) -> Clients:
         return dataclasses.replace(client, key=derive(client.key, Stream.CLIENT))
 
+    @functools.wraps(work.init)
     def init(shared: PyTree, client: Clients) -> PyTree:
         return work.init(shared[0], own(client))
 
+    @functools.wraps(work.step)
     def step(shared: PyTree, carry: PyTree, *batch: Any) -> PyTree:
         return work.step(shared[0], carry, *batch)
 
+    @functools.wraps(work.finish)
     def finish(shared: PyTree, carry: PyTree, client: Clients) -> tuple[PyTree, PyTree]:
-        update, each = work.finish(shared[0], carry, own(client))
+        finished = work.finish(shared[0], carry, own(client))
+        update, each = kept_update(work.finish, finished)
+        sent_value[:] = [update.value]
         kept = client.state.aggregator if aggregator.init_client else None
         key = derive(client.key, Stream.AGGREGATION)
-        sent = aggregator.client(shared[1], update, kept, key)
+        sent = kept_client(aggregator, shared[1], update, kept, key)
         return sent.total, (each, sent.each, sent.state, dict(sent.metrics))
 
     key = derive(cohort.aggregation_key, Stream.AGGREGATION, for_each_client.calls)
     total, (each, of_clients, client_states, per_client) = for_each_client(
         ClientWork(init, step, finish), (shared, state), cohort, pass_
     )
-    result = aggregator.server(state, total, of_clients, None, cohort, key)
+    result = kept_server(aggregator, state, total, of_clients, None, cohort, key)
+    who = f"Aggregator.server, {name_of(aggregator.server)}, must return an update like a client's"
+    check_like(result.update, sent_value[0], who, dtypes=False)
     return Aggregation(
         result.update,
         each,

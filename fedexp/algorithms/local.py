@@ -13,6 +13,7 @@ from fedexp.algorithms.aggregation import Aggregation
 from fedexp.contracts import Clients, ClientWork, Metrics, Update
 from fedexp.data import Batch
 from fedexp.errors import UserError, check
+from fedexp.promises import check_like
 from fedexp.tasks import (
     Measure,
     Task,
@@ -228,6 +229,7 @@ def server_step(
     Returns:
       (params, opt_state) after it.
     """
+    check_like(update, params, "what clients send to the server must be like the parameters", False)
     grads = jax.tree.map(jnp.negative, update)
     updates, opt_state = carrying_statistics(optimizer).update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state

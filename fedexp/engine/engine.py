@@ -17,6 +17,7 @@ from fedexp.engine.preparing import PreparedRound, Preparer
 from fedexp.engine.runner import Population, Runner, first_state
 from fedexp.engine.strategy import Strategy
 from fedexp.errors import UserError
+from fedexp.promises import kept_round
 from fedexp.streams import Stream, derive
 
 PyTree = Any
@@ -86,7 +87,7 @@ class Engine:
         self.root = jax.random.key(seed)
         self.runner = Runner(
             strategy,
-            algorithm.round,
+            kept_round(algorithm.round),
             self.preparer,
             self.population,
             root=self.root,

@@ -20,6 +20,7 @@ from fedexp.engine.packed_tree import PackedMapping
 from fedexp.engine.placement import Placement
 from fedexp.engine.preparing import DeviceInputs, PreparedRound, Preparer
 from fedexp.engine.strategy import Strategy
+from fedexp.promises import kept_work
 from fedexp.streams import Stream, derive
 
 PyTree = Any
@@ -239,7 +240,7 @@ class ForEachClient:
     def __call__(
         self, work: ClientWork, shared: PyTree, cohort: Cohort, pass_: str = TRAIN
     ) -> tuple[PyTree, PyTree]:
-        batch_sizes = self._preparer.batch_sizes(pass_)
+        work, batch_sizes = kept_work(work), self._preparer.batch_sizes(pass_)
         inputs = self._device.passes[pass_]
         parent = derive(self._key, Stream.CALL, self.calls)
         parent = jax.random.fold_in(parent, int(Stream.CLIENT))

@@ -356,5 +356,5 @@ def test_one_collective_per_for_each_client_and_none_in_the_loop(strategy, optio
     )
     header, root = np.array([0, 2], np.int32), np.asarray(jax.random.key_data(engine.root))
     arguments = (None, header, root, prepared.by_device, prepared.examples, states, None)
-    program = jax.make_jaxpr(engine.runner._body)(state, *arguments)
+    program = jax.make_jaxpr(engine.runner.body)(state, *arguments)
     assert collectives(program.jaxpr) == [False] * calls

@@ -100,7 +100,8 @@ def convert(
     folder = directory.with_name(f".{directory.name}.part")
     with packed.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    client_ids = source.client_ids()
+    # A damaged file may crash the library that reads it, so this is no work for the main process either.
+    client_ids = workers.run(source.client_ids) if num_workers != 0 else source.client_ids()
     with contextlib.closing(_Part(folder)) as part:
         rest = client_ids[part.num_clients :]
         chunks = [rest[i : i + clients_per_chunk] for i in range(0, len(rest), clients_per_chunk)]

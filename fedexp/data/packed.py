@@ -10,7 +10,8 @@ these, and index.json, which names the features and has every file's size. Split
 folders, or of three where there is a validation partition.
 
 Opening compares the checksums of offsets and ids, and of 16 MiB of every feature, chosen anew each time: a
-feature that is no larger is compared as a whole. Values have been checked (`FederatedDataset.check`) before they were packed.
+feature that is no larger is compared as a whole. Values have been checked (`FederatedDataset.check`)
+before they were packed.
 """
 
 from __future__ import annotations

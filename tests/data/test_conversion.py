@@ -231,16 +231,14 @@ def test_what_a_worker_raises_arrives(tmp_path):
     with pytest.raises(UserError, match="client 'c001' has features"):
         conversion.convert(Clients((1, 1), odd_shape_from=1), tmp_path / "a", num_workers=1)
     with pytest.raises(IndexError) as error:
-        conversion.convert(Broken((1,)), tmp_path / "b", num_workers=1)
+        conversion.convert(Clients((1,), num_ids=2), tmp_path / "b", num_workers=1)
     assert "in a worker process" in error.value.__notes__[0]
 
 
-class Broken(Clients):
-    def client_ids(self):
-        return ["c001"]
-
-    def __reduce__(self):  # The worker cannot import this test, but its base class.
-        return Clients, (self.sizes,)
+def test_listing_the_clients_may_end_its_process(tmp_path):
+    source = Clients(SIZES, kill_at=-1)
+    with pytest.raises(UserError, match="exit code -9"):
+        conversion.convert(source, tmp_path / "a", num_workers=1)
 
 
 def test_a_killed_worker_is_reported_and_the_rest_done_later(tmp_path):

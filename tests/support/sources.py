@@ -19,17 +19,21 @@ class Clients:
     Attributes:
       sizes: rows of each client.
       odd_shape_from: the first client whose rows have another shape.
-      kill_at: the client at which the reading process kills itself.
+      kill_at: the client at which the reading process kills itself; -1 is before the first.
       seconds: how long a client takes.
+      num_ids: how many clients it says there are, if others than it has.
     """
 
     sizes: tuple[int, ...]
     odd_shape_from: int | None = None
     kill_at: int | None = None
     seconds: float = 0.0
+    num_ids: int | None = None
 
     def client_ids(self) -> list[str]:
-        return [f"c{i:03}" for i in range(len(self.sizes))]
+        if self.kill_at == -1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [f"c{i:03}" for i in range(self.num_ids or len(self.sizes))]
 
     def read(self, client_ids: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
         for client_id in client_ids:

@@ -293,7 +293,7 @@ def left_out(
 
 
 def _train(parts: dict[str, Any], **changes: Any) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Runs the experiment with changes; returns its scalars, tag -> values by round, and its timings."""
+    """Runs the experiment with changes; returns its rounds' timings, name -> values, and their summary."""
     from fedexp.reporting import TensorBoard
     from fedexp.trainer import Experiment
 
@@ -389,7 +389,7 @@ def time_whole(experiment) -> dict[str, Any]:
 
 
 def scalars(logdir: str) -> dict[str, np.ndarray]:
-    """What a run wrote for TensorBoard: tag -> its values by step."""
+    """The timings that a run wrote for TensorBoard: fedexp's name -> values by step."""
     import types
 
     # With this TensorBoard reads files by itself, where it would import TensorFlow.
@@ -399,11 +399,11 @@ def scalars(logdir: str) -> dict[str, np.ndarray]:
 
     events = EventAccumulator(logdir, size_guidance={"tensors": 0}).Reload()
     return {
-        tag: np.array(
+        tag.removeprefix("training/"): np.array(
             [tensor_util.make_ndarray(event.tensor_proto) for event in events.Tensors(tag)]
         )
         for tag in events.Tags()["tensors"]
-        if tag.startswith("perf/")
+        if tag.startswith("training/perf/")
     }
 
 

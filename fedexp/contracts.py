@@ -211,8 +211,8 @@ class RoundOutput(NamedTuple):
 
     Attributes:
       state: the next round's server state.
-      metrics: name -> metric of the round; 'train/loss' goes to TensorBoard under this name. Arrays that
-        are no scalars become histograms.
+      metrics: name -> metric of the round, as 'train/loss'. In TensorBoard arrays that are no scalars become
+        histograms.
       per_client: name -> (C,) metric of each client, reported as mean and percentiles.
       client_states: pytree of (C, ...), the cohort's next client states, or None.
     """

@@ -85,9 +85,18 @@ class Observer:
         """The run ends, in whatever way."""
 
 
+# TensorBoard's runs, sub-folders of the workdir, besides one for every evaluation and the workdir itself.
+_TRAIN, _P10, _P90 = "train", "p10", "p90"
+_TAKEN = (_TRAIN, _P10, _P90, "checkpoints", "plugins")
+
+
 @gin.configurable("tensorboard")
 class TensorBoard(Observer):
-    """Summaries for TensorBoard in the workdir; nothing without one."""
+    """Summaries for TensorBoard in the workdir; nothing without one.
+
+    What is measured on examples is a group of charts by its name, with training and every evaluation in one
+    chart, as runs. All else is in the group `training`, which comes after them: docs/tensorboard.md.
+    """
 
     def __init__(self) -> None:
         self._writer: Writer | None = None
@@ -95,39 +104,55 @@ class TensorBoard(Observer):
     def begin(self, session: Session, workdir: str | os.PathLike | None, done: int) -> None:
         if workdir is None:
             return
-        self._writer = Writer(os.fspath(workdir), resume_at=done + 1)
-        self._task = session.setup.task
-        self._writer.text(0, "config/operative", gin.markdown(gin.operative_config_str()))
-        images = self._task.images and self._task.images(session.splits["train"].slice(0, 64))
+        groups = [plan.name for plan in session.setup.evaluations]
+        for group in groups:
+            parts = group.split("/")
+            if parts[0] in _TAKEN or not all(part.strip(".") for part in parts):
+                raise UserError(
+                    f"evaluate.prefix = {group!r} cannot be a run's name in TensorBoard: it must be the name "
+                    f"of a folder, and none of {', '.join(_TAKEN)}"
+                )
+        self._task = task = session.setup.task
+        self._measured = {"loss", *task.metrics, *task.derived}
+        runs = ("", _TRAIN, *groups, _P10, _P90)
+        self._writer = writer = Writer(os.fspath(workdir), runs=runs, resume_at=done + 1)
+        writer.text(0, "config/operative", gin.markdown(gin.operative_config_str()))
+        images = task.images and task.images(session.splits["train"].slice(0, 64))
         if images is not None:
-            self._writer.image(0, "train/examples", image_grid(images))
+            writer.image(0, "training/example_images", image_grid(images))
 
     def round(self, report: RoundReport) -> None:
-        if self._writer:
-            spread = _spread(report.per_client)
-            self._writer.scalars(report.number, {**report.metrics, **spread, **report.perf})
+        if self._writer is None:
+            return
+        measured, others = {}, {self._tag(name): value for name, value in report.perf.items()}
+        for name, value in report.metrics.items():
+            tag = self._tag(name)
+            (measured if tag in self._measured else others)[tag] = value
+        self._writer.scalars(report.number, others)
+        self._write_of_clients(report.number, _TRAIN, report.per_client, measured)
 
     def evaluation(self, report: EvaluationReport) -> None:
-        if not self._writer:
+        if self._writer is None:
             return
-        of_clients = {
-            f"clients/{group}_{name}": values
-            for group, result in report.results.items()
-            for name, values in result.per_client.items()
+        of_groups = row(report.results)
+        others = {
+            self._tag(name): value
+            for name, value in report.row.items()
+            if not _is_of_round(name) and name not in of_groups
         }
-        scalars = {name: value for name, value in report.row.items() if not _is_of_round(name)}
-        scalars |= {"perf/evaluation_seconds": report.seconds, **_spread(of_clients)}
-        self._writer.scalars(report.number, scalars)
-        histograms = of_clients
-        if report.last_round is not None:
-            histograms = {**of_clients, **report.last_round.per_client, **report.last_round.arrays}
-        for name, values in histograms.items():
-            self._writer.histogram(report.number, name, values[np.isfinite(values)])
+        others[self._tag("perf/evaluation_seconds")] = report.seconds
+        self._writer.scalars(report.number, others)
         for group, result in report.results.items():
+            self._write_of_clients(report.number, group, result.per_client, result.metrics)
+            self._write_histograms(report.number, group, result.per_client)
             if result.confusion is not None:
                 names = self._task.class_names or [str(i) for i in range(len(result.confusion))]
                 image = confusion_image(result.confusion, names)
-                self._writer.image(report.number, f"{group}/confusion", image)
+                self._writer.image(report.number, f"{group}/confusion", image, group)
+        if report.last_round is not None:
+            self._write_histograms(report.number, _TRAIN, report.last_round.per_client)
+            for name, values in report.last_round.arrays.items():
+                self._writer.histogram(report.number, self._tag(name), values)
 
     def flush(self) -> None:
         if self._writer:
@@ -136,6 +161,37 @@ class TensorBoard(Observer):
     def close(self) -> None:
         if self._writer:
             self._writer.close()
+
+    def _tag(self, name: str, group: str | None = None) -> str:
+        """A metric's tag in TensorBoard; that of its values on the clients of a group, if there is one."""
+        tag = name.removeprefix("train/").removeprefix("clients/")
+        tag = tag if tag in self._measured else f"training/{tag}"
+        return f"{tag}/{group}_clients" if group else tag
+
+    def _write_of_clients(
+        self,
+        done: int,
+        group: str,
+        per_client: Mapping[str, np.ndarray],
+        metrics: Mapping[str, float],
+    ) -> None:
+        """Writes a group's metrics, and their mean and percentiles over clients."""
+        assert self._writer is not None
+        values = {group: dict(metrics), _P10: {}, _P90: {}}
+        for name, of_clients in per_client.items():
+            if spread := _spread(of_clients):
+                for scalars, value in zip(values.values(), spread, strict=True):
+                    scalars[self._tag(name, group)] = value
+        for run, scalars in values.items():
+            if scalars:
+                self._writer.scalars(done, scalars, run)
+
+    def _write_histograms(
+        self, done: int, group: str, per_client: Mapping[str, np.ndarray]
+    ) -> None:
+        assert self._writer is not None
+        for name, values in per_client.items():
+            self._writer.histogram(done, f"{self._tag(name, group)}/histogram", values, group)
 
 
 @gin.configurable("progress")
@@ -418,18 +474,22 @@ def _finite(params: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), params)
 
 
-def _spread(per_client: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Mean, 10th and 90th percentile over the clients that have a number."""
-    scalars = {}
-    for name, values in per_client.items():
-        finite = np.sort(values[np.isfinite(values)])
-        if finite.size:
-            # As np.percentile, in less time: every round has spreads.
-            places = np.array([0.1, 0.9]) * (finite.size - 1)
-            low, high = np.interp(places, np.arange(finite.size), finite).tolist()
-            scalars[f"{name}/mean"] = float(finite.mean())
-            scalars[f"{name}/p10"], scalars[f"{name}/p90"] = low, high
-    return scalars
+def _spread(values: np.ndarray) -> tuple[float, float, float] | None:
+    """Mean, 10th and 90th percentile over the clients that have a number; None if no one has."""
+    finite = np.sort(values[np.isfinite(values)])
+    last = finite.size - 1
+    if last < 0:
+        return None
+
+    def percentile(
+        share: float,
+    ) -> float:  # As NumPy's, in a fraction of its time: every round has these.
+        place = share * last
+        below = int(place)
+        low, high = float(finite[below]), float(finite[min(below + 1, last)])
+        return low + (place - below) * (high - low)
+
+    return float(finite.sum()) / finite.size, percentile(0.1), percentile(0.9)
 
 
 def _write(path: str, text: str) -> None:

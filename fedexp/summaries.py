@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import collections
+import functools
 import importlib
 import io
 import itertools
 import math
 import os
+import re
 import socket
 import threading
 import time
@@ -23,17 +27,24 @@ _FLUSH_SECS = 1.0
 _BUCKET_FLUSH_SECS = 30.0
 _BUCKET_FILE_BYTES = 4 << 20
 _HISTOGRAM_BINS = 30
+_IMAGE_PIXELS = 350
+_LABEL_PIXELS = 10
+_FONT = 6.5
+_MADE = re.compile(r"events\.out\.tfevents\.(\d+(?:\.\d+)?)\.")
 _file_numbers = itertools.count()
 
 
 class Writer:
     """Writes TensorBoard events; a live TensorBoard sees values within about a second.
 
-    Events are collected in memory and appended to the file by a background thread. Buckets have no
-    appending: there the file is written anew every half minute, and followed by another once it is large.
+    Events are collected in memory and written by a background thread, which no Ctrl-C interrupts. Buckets
+    have no appending: there a file is written anew every half minute, and followed by another once it is
+    large.
 
     Args:
-      logdir: the folder of the run; made if missing. It may be a URL, as s3://bucket/run.
+      logdir: the folder; made if missing. It may be a URL, as s3://bucket/run.
+      runs: sub-folders that are runs of their own, "" for `logdir` itself. TensorBoard draws what has the
+        same tag in several runs into one chart.
       resume_at: the first step this writer will write. TensorBoard then drops what an earlier,
         killed run wrote for this and for later steps.
 
@@ -42,55 +53,54 @@ class Writer:
         background has failed since.
     """
 
-    def __init__(self, logdir: str | Path, *, resume_at: int | None = None) -> None:
+    def __init__(
+        self, logdir: str | Path, *, runs: Sequence[str] = ("",), resume_at: int | None = None
+    ) -> None:
         self._logdir = str(logdir)
-        self._is_remote = paths.is_remote(logdir)
-        self._pending: list[bytes] = []
-        self._pending_lock = threading.Lock()
-        self._file_lock = threading.Lock()
         self._error: Exception | None = None
         self._closed = threading.Event()
+        # In order: events of a run, and flags of those who wait until what is before them is written.
+        self._pending: collections.deque[tuple[str, bytes] | threading.Event] = collections.deque()
+        self._wake = threading.Event()
         try:
-            self._start_file()
+            folders = {
+                run: os.path.join(self._logdir, run) if run else self._logdir for run in runs
+            }
+            self._clock = _Clock(max(map(_last_written, folders.values())))
+            self._files = {run: _File(folder, self._clock) for run, folder in folders.items()}
         except Exception as error:
             raise self._cannot_write(error) from error
         if resume_at is not None:
             # Twice, for TensorBoard takes a run's first START for its beginning, and drops nothing.
             log = _proto("event").SessionLog
             start = log(status=log.START)
-            for _ in range(2):
-                self._add(step=resume_at, session_log=start)
-        self.flush()
-        self._thread = threading.Thread(target=self._flush_regularly, name="summaries", daemon=True)
+            for run in [*runs, *runs]:
+                self._add(run, step=resume_at, session_log=start)
+        self._thread = threading.Thread(target=self._write_on, name="summaries", daemon=True)
         self._thread.start()
+        atexit.register(self._finish)
+        self.flush()
 
-    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+    def scalars(self, step: int, values: Mapping[str, Any], run: str = "") -> None:
         """Writes numbers by tag; a value is anything `float` takes, NaN included."""
-        from tensorboard.plugins.scalar import metadata
-
-        described = metadata.create_summary_metadata(display_name=None, description=None)
+        described = _metadata("scalar")
         summary, tensors = _proto("summary").Summary(), _proto("tensor")
         dtype = _proto("types").DT_FLOAT
         for tag, value in values.items():
             # Not by make_tensor_proto, which takes several times as long: every round has scalars.
             tensor = tensors.TensorProto(dtype=dtype, float_val=[float(value)])
             summary.value.add(tag=tag, metadata=described, tensor=tensor)
-        self._add(step=step, summary=summary)
+        self._add(run, step=step, summary=summary)
 
-    def histogram(self, step: int, name: str, values: np.ndarray) -> None:
+    def histogram(self, step: int, name: str, values: np.ndarray, run: str = "") -> None:
         """Writes a histogram of an array of any shape; values that are not finite are left out."""
-        from tensorboard.plugins.histogram import metadata
-
         values = np.asarray(values, np.float64)
         counts, edges = np.histogram(values[np.isfinite(values)], bins=_HISTOGRAM_BINS)
-        described = metadata.create_summary_metadata(display_name=None, description=None)
         buckets = np.stack([edges[:-1], edges[1:], counts], axis=-1)
-        self._add_tensors(step, {name: buckets}, described)
+        self._add_tensor(run, step, name, buckets, _metadata("histogram"))
 
-    def image(self, step: int, name: str, images: np.ndarray) -> None:
+    def image(self, step: int, name: str, images: np.ndarray, run: str = "") -> None:
         """Writes images: uint8 (N, H, W, C) or (H, W, C), of C = 1 (grey), 3 or 4 channels."""
-        from tensorboard.plugins.image import metadata
-
         images = np.asarray(images)
         if (
             images.dtype != np.uint8
@@ -104,32 +114,27 @@ class Writer:
         images = images if images.ndim == 4 else images[np.newaxis]
         height, width = images.shape[1:3]
         content = [str(width).encode(), str(height).encode(), *map(_png, images)]
-        described = metadata.create_summary_metadata(display_name=None, description=None)
-        self._add_tensors(step, {name: np.asarray(content, object)}, described)
+        self._add_tensor(run, step, name, np.asarray(content, object), _metadata("image"))
 
-    def text(self, step: int, name: str, markdown: str) -> None:
+    def text(self, step: int, name: str, markdown: str, run: str = "") -> None:
         """Writes a text, which TensorBoard renders as Markdown."""
-        from tensorboard.plugins.text import metadata
-
-        described = metadata.create_summary_metadata(display_name=None, description=None)
-        self._add_tensors(step, {name: np.asarray(markdown.encode(), object)}, described)
+        self._add_tensor(run, step, name, np.asarray(markdown.encode(), object), _metadata("text"))
 
     def flush(self) -> None:
-        """Returns when all that was written before is in the file."""
+        """Returns when all that was written before is in the files."""
         self._raise_error()
-        try:
-            self._write_pending()
-        except Exception as error:
-            self._error = error
-            self._raise_error()
+        written = threading.Event()
+        self._pending.append(written)
+        self._wake.set()
+        while not written.wait(0.1) and self._thread.is_alive():  # It is not after `close`.
+            pass
+        self._raise_error()
 
     def close(self) -> None:
-        """Flushes and closes the file. Closing twice is harmless."""
-        if self._closed.is_set():
-            return
-        self._closed.set()
-        self._thread.join()
-        self.flush()
+        """Flushes and closes the files. Closing twice is harmless."""
+        self._finish()
+        atexit.unregister(self._finish)
+        self._raise_error()
 
     def __enter__(self) -> Writer:
         return self
@@ -141,57 +146,51 @@ class Writer:
             if exc_type is None:
                 raise
 
-    def _add_tensors(self, step: int, tensors: Mapping[str, np.ndarray], metadata: Any) -> None:
+    def _finish(self) -> None:
+        """Has the thread write what is left; at the process's end, too, if `close` was interrupted."""
+        self._closed.set()
+        self._wake.set()
+        self._thread.join()
+
+    def _add_tensor(self, run: str, step: int, tag: str, array: np.ndarray, metadata: Any) -> None:
         from tensorboard.util import tensor_util
 
         summary = _proto("summary").Summary()
-        for tag, array in tensors.items():
-            tensor = tensor_util.make_tensor_proto(array)
-            summary.value.add(tag=tag, metadata=metadata, tensor=tensor)
-        self._add(step=step, summary=summary)
+        tensor = tensor_util.make_tensor_proto(array)
+        summary.value.add(tag=tag, metadata=metadata, tensor=tensor)
+        self._add(run, step=step, summary=summary)
 
-    def _add(self, **fields: Any) -> None:
+    def _add(self, run: str, **fields: Any) -> None:
         self._raise_error()
         if self._closed.is_set():
             raise ValueError(f"the summary writer of {self._logdir} is closed")
-        event = _event(**fields)
-        with self._pending_lock:
-            self._pending.append(event)
+        self._pending.append((run, _event(self._clock.now(), **fields)))
 
-    def _start_file(self) -> None:
-        # TensorBoard reads a folder's files in the order of their names.
-        name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
-        self._path = os.path.join(self._logdir, f"{name}.{next(_file_numbers)}")
-        self._content = b""
-        if not self._is_remote:
-            os.makedirs(self._logdir, exist_ok=True)
-        self._append(_records([_event(file_version="brain.Event:2")]))
-
-    def _append(self, records: bytes) -> None:
-        if self._is_remote:
-            self._content += records
-            paths.write(self._path, self._content)
-            return
-        with open(self._path, "ab") as file:
-            file.write(records)
+    def _write_on(self) -> None:
+        """The thread: writes what is pending, time and again, to the end."""
+        seconds = _BUCKET_FLUSH_SECS if paths.is_remote(self._logdir) else _FLUSH_SECS
+        last = False
+        while not last:
+            self._wake.wait(seconds)
+            self._wake.clear()
+            last = self._closed.is_set()
+            self._write_pending()
 
     def _write_pending(self) -> None:
-        with self._file_lock:
-            with self._pending_lock:
-                events, self._pending = self._pending, []
-            if not events:
-                return
-            if len(self._content) > _BUCKET_FILE_BYTES:
-                self._start_file()
-            self._append(_records(events))
-
-    def _flush_regularly(self) -> None:
-        while not self._closed.wait(_BUCKET_FLUSH_SECS if self._is_remote else _FLUSH_SECS):
-            try:
-                self._write_pending()
-            except Exception as error:
-                self._error = error
-                return
+        waiting, events = [], collections.defaultdict(list)
+        while self._pending:
+            match self._pending.popleft():
+                case threading.Event() as written:
+                    waiting.append(written)
+                case run, event:
+                    events[run].append(event)
+        try:
+            for run, added in events.items():
+                self._files[run].append(added)
+        except Exception as error:
+            self._error = error
+        for written in waiting:
+            written.set()
 
     def _raise_error(self) -> None:
         if self._error is not None:
@@ -223,26 +222,49 @@ def confusion_image(matrix: np.ndarray, class_names: Sequence[str]) -> np.ndarra
     if matrix.shape != (num_classes, num_classes):
         raise ValueError(f"{num_classes} class names for a matrix of shape {matrix.shape}")
     percent = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    has_room = num_classes <= 20
-    long_names = max(map(len, class_names)) > 3
-    size = max(5.0, 0.17 * num_classes + 1)
-    figure = Figure(figsize=(size + 0.5, size), dpi=100, layout="constrained")
+    # All in pixels: TensorBoard shows images this wide, and leaves pixels out of wider ones.
+    longest = max(map(len, class_names))
+    margin, right = 12 + max(20, 6 * min(longest, 16) + 4), 8
+    cell = max((_IMAGE_PIXELS - margin - right) // num_classes, 3)
+    side = cell * num_classes
+    width = max(margin + side + right, _IMAGE_PIXELS)
+    left, bottom = width - side - right, margin + 8
+    height = bottom + side + 46
+    figure = Figure(figsize=(width / 100, height / 100), dpi=100)
     canvas = FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="predicted", ylabel="true")
+    place = (left / width, bottom / height, side / width, side / height)
+    axes = figure.add_axes(place, xlabel="predicted", ylabel="true")
     # The square root makes rare confusions visible next to the diagonal.
-    drawn = axes.imshow(percent, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=100))
-    figure.colorbar(drawn, ax=axes, label="% of the true class", shrink=0.8)
-    fontsize = 9 if has_room else 7
-    axes.set_xticks(range(num_classes), class_names, fontsize=fontsize, rotation=90 * long_names)
-    axes.set_yticks(range(num_classes), class_names, fontsize=fontsize)
-    if has_room:
+    norm = PowerNorm(0.5, vmin=0, vmax=100)
+    drawn = axes.imshow(percent, cmap="Blues", norm=norm, interpolation="none", aspect="auto")
+    bar = figure.add_axes((left / width, 1 - 24 / height, (side - 3) / width, 8 / height))
+    figure.colorbar(drawn, cax=bar, orientation="horizontal", ticks=[0, 1, 5, 10, 20, 50, 100])
+    bar.set_title("% of the true class", fontsize=_FONT, pad=3)
+    bar.tick_params(labelsize=_FONT, length=2, pad=1)
+    for axis, turned in ((axes.xaxis, 6 * longest > max(cell, _LABEL_PIXELS)), (axes.yaxis, False)):
+        _label(axis, [name[:16] for name in class_names], cell, rotation=90 * turned)
+        axis.label.set_fontsize(_FONT)
+        axis.labelpad = 0
+    if cell >= 15:
         for (true, predicted), value in np.ndenumerate(percent):
             if value >= 0.5:
                 color = "white" if value > 30 else "black"
-                text = axes.text(predicted, true, f"{value:.0f}", color=color, fontsize=8)
-                text.set(ha="center", va="center")
+                text = axes.text(predicted, true, f"{value:.0f}", color=color, fontsize=_FONT)
+                text.set(ha="center", va="center_baseline")
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _label(axis: Any, names: Sequence[str], cell: int, rotation: float) -> None:
+    """Writes names along an axis: short ones in two rows where one is too narrow, else as many as fit."""
+    every = math.ceil(_LABEL_PIXELS / cell)
+    in_two_rows = every == 2 and max(map(len, names)) == 1
+    for row, length in ((0, 2), (1, 9)) if in_two_rows else ((0, 2),):
+        places = range(row, len(names), every)
+        axis.set_ticks(places, [names[i] for i in places], minor=bool(row), rotation=rotation)
+        axis.set_tick_params(
+            "minor" if row else "major", labelsize=_FONT, length=length, pad=1, color="0.7"
+        )
 
 
 def image_grid(images: np.ndarray, *, columns: int | None = None, padding: int = 1) -> np.ndarray:
@@ -268,13 +290,82 @@ def image_grid(images: np.ndarray, *, columns: int | None = None, padding: int =
     return grid[: grid.shape[0] - padding, : grid.shape[1] - padding]
 
 
+class _Clock:
+    """A time that never goes back, not even to before `start`, wherever this machine's clock is set.
+
+    TensorBoard reads a folder's files in the order of their names, which begin with the time.
+    """
+
+    def __init__(self, start: float):
+        self._last = start
+        self._ahead = max(0.0, start - time.time())
+
+    def now(self) -> float:
+        self._last = max(self._last + 1e-6, time.time() + self._ahead)
+        return self._last
+
+
+class _File:
+    """A run's event file; in a bucket one after another."""
+
+    def __init__(self, folder: str, clock: _Clock):
+        self._folder = folder
+        self._clock = clock
+        self._is_remote = paths.is_remote(folder)
+        if not self._is_remote:
+            os.makedirs(folder, exist_ok=True)
+        self._start()
+
+    def append(self, events: Sequence[bytes]) -> None:
+        if len(self._content) > _BUCKET_FILE_BYTES:
+            self._start()
+        self._append(_records(events))
+
+    def _start(self) -> None:
+        now = self._clock.now()
+        name = f"events.out.tfevents.{now:017.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._path = os.path.join(self._folder, f"{name}.{next(_file_numbers)}")
+        self._content = b""
+        self._append(_records([_event(now, file_version="brain.Event:2")]))
+
+    def _append(self, records: bytes) -> None:
+        if self._is_remote:
+            self._content += records
+            paths.write(self._path, self._content)
+            return
+        with open(self._path, "ab") as file:
+            file.write(records)
+
+
+def _last_written(folder: str) -> float:
+    """When a folder's last events were written, as far as can be told; 0 if it has none."""
+    try:
+        if paths.is_remote(folder):
+            changed = dict.fromkeys(paths.versions(folder), 0.0)
+        else:
+            with os.scandir(folder) as entries:
+                changed = {entry.name: entry.stat().st_mtime for entry in entries}
+    except FileNotFoundError:
+        return 0.0
+    made = {name: float(match[1]) for name in changed if (match := _MADE.match(name))}
+    return max((max(made[name], changed[name]) for name in made), default=0.0)
+
+
+@functools.cache
+def _metadata(plugin: str) -> Any:
+    """What tells TensorBoard how to show a tag."""
+    module = importlib.import_module(f"tensorboard.plugins.{plugin}.metadata")
+    return module.create_summary_metadata(display_name=None, description=None)
+
+
+@functools.cache
 def _proto(name: str) -> Any:
     """TensorBoard's generated module, whose names no type checker sees."""
     return importlib.import_module(f"tensorboard.compat.proto.{name}_pb2")
 
 
-def _event(**fields: Any) -> bytes:
-    return _proto("event").Event(wall_time=time.time(), **fields).SerializeToString()
+def _event(wall_time: float, **fields: Any) -> bytes:
+    return _proto("event").Event(wall_time=wall_time, **fields).SerializeToString()
 
 
 def _records(events: Sequence[bytes]) -> bytes:

@@ -415,5 +415,7 @@ def test_a_run_that_was_stopped_goes_on_in_the_bucket(s3, tmp_path):
     assert "emnist.data_dir = 's3://bucket/data'" in s3.cat_file("bucket/run/config.gin").decode()
     assert s3.exists("bucket/run/operative_config.gin")
     assert rounds in committed("s3://bucket/run/checkpoints")
-    s3.get(s3.glob("bucket/run/events*"), str(tmp_path / "events") + "/")
-    assert list(tensors(tmp_path / "events")["train/loss"]) == list(range(1, rounds + 1))
+    for run, tag in (("train/", "loss"), ("", "training/update_norm")):
+        folder = tmp_path / "events" / tag
+        s3.get(s3.glob(f"bucket/run/{run}events*"), f"{folder}/")
+        assert list(tensors(folder)[tag]) == list(range(1, rounds + 1))

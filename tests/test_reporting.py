@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from fedexp import config, runtime
+from fedexp import config, runtime, summaries
 from fedexp.algorithms import fedavg
 from fedexp.checkpointing import Checkpointer, CheckpointPlan
 from fedexp.data import Sample, Sampler, uniform
@@ -103,7 +104,7 @@ def test_what_a_sampler_says_of_a_round_is_told(tmp_path):
     run(tmp_path, 2, sampler=Sampler(3, sample), observers=[JsonLines(), TensorBoard()])
     lines = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
     assert [line["simulated/seconds"] for line in lines[:2]] == [0, 1]
-    assert tensors(tmp_path)["simulated/late"] == {1: 2, 2: 2}
+    assert tensors(tmp_path)["training/simulated/late"] == {1: 2, 2: 2}
 
 
 def test_one_observer_may_observe_several_runs(tmp_path):
@@ -139,10 +140,10 @@ def test_a_gin_file_chooses_the_observers(tmp_path):
     config.load(["tests/support/linear.gin"], [chosen, "json_lines.name = 'log.jsonl'"])
     result = Experiment().run(tmp_path)
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 12 + len(result.history)
-    assert sorted(tensors(tmp_path)["test/loss"]) == [row["round"] for row in result.history]
+    assert sorted(tensors(tmp_path / "test")["loss"]) == [row["round"] for row in result.history]
 
 
-def test_what_a_checkpoint_covers_is_flushed_before_it(tmp_path):
+def test_what_a_checkpoint_covers_is_flushed_before_it(tmp_path, monkeypatch):
     """TensorBoard has every round up to a checkpoint whose run dies right after it."""
 
     class Dying(Observer):
@@ -154,21 +155,55 @@ def test_what_a_checkpoint_covers_is_flushed_before_it(tmp_path):
             assert report.number < 7
 
     class Late(TensorBoard):
-        """Its background thread never comes to write."""
+        """What it was told and has not written when the run ends is lost."""
 
         def begin(self, session, workdir, done):
+            monkeypatch.setattr(summaries, "_FLUSH_SECS", 3600.0)
             super().begin(session, workdir, done)
-            self._writer._closed.set()
-            self._writer._thread.join()
-            self._writer._closed.clear()
 
         def close(self):
-            pass
+            self._writer._pending.clear()
+            super().close()
 
     checkpoints = CheckpointPlan(every=3)
     with pytest.raises(SystemExit):
         run(tmp_path, 10, observers=[Late(), Dying()], checkpoints=checkpoints)
-    assert sorted(tensors(tmp_path)["train/loss"]) == [1, 2, 3, 4, 5, 6]
+    assert sorted(tensors(tmp_path / "train")["loss"]) == [1, 2, 3, 4, 5, 6]
+
+
+def test_tensorboard_has_a_group_by_metric_and_all_else_after_them(tmp_path):
+    """What is measured shares a chart: training with evaluations, the mean with percentiles."""
+    evaluations = [Evaluate(every=2), Evaluate("train", clients=2, prefix="some/few")]
+    runs = ("train", "test", "some/few", "p10", "p90")
+    for num_rounds in (2, 4):
+        result = run(tmp_path, num_rounds, evaluations=evaluations, observers=[TensorBoard()])
+    assert {str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("events*")} == {
+        ".",
+        *runs,
+    }
+    shown = {name: tensors(tmp_path / name) for name in (".", *runs)}
+    for name in ("loss", "mae"):
+        assert [run for run in shown if name in shown[run]] == ["train", "test", "some/few"]
+        for group in ("train", "test", "some/few"):
+            tag = f"{name}/{group}_clients"
+            assert [run for run in shown if tag in shown[run]] == [group, "p10", "p90"]
+            assert [run for run in shown if f"{tag}/histogram" in shown[run]] == [group]
+    assert [row["round"] for row in result.history] == [2, 4]
+    for row in result.history:
+        for group, name in itertools.product(("train", "test"), ("loss", "mae")):
+            found = shown[group][name][int(row["round"])]
+            assert found == np.float32(row[f"{group}/{name}"])
+    tags = sorted({tag for of_run in shown.values() for tag in of_run} - {"config/operative"})
+    groups = list(dict.fromkeys(tag.split("/")[0] for tag in tags))
+    assert groups == ["loss", "mae", "training"]
+    others = {"update_norm", "perf/round_seconds", "perf/utilisation", "perf/evaluation_seconds"}
+    assert shown["."].keys() >= {f"training/{name}" for name in others}
+
+
+@pytest.mark.parametrize("prefix", ["checkpoints", "train", "p90", "../up", "", "a/", "/a"])
+def test_an_evaluation_that_cannot_be_a_folder_is_refused(tmp_path, prefix):
+    with pytest.raises(UserError, match=rf"evaluate.prefix = '{prefix}' cannot be a run's name"):
+        run(tmp_path / "run", evaluations=[Evaluate(prefix=prefix)], observers=[TensorBoard()])
 
 
 def test_parameters_that_are_not_finite_are_not_saved(tmp_path):

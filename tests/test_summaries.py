@@ -1,23 +1,30 @@
 from __future__ import annotations
 
 import io
+import math
 import os
+import signal
 import subprocess
 import sys
 import textwrap
 import threading
+import time
+import uuid
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+from tensorboard.util import tensor_util
 
 from fedexp import summaries
 from fedexp.errors import UserError
 from fedexp.summaries import Writer, confusion_image, image_grid
 from tests.support.tensorboard import eventually, serve, tensors
+
+REPOSITORY = Path(__file__).parents[1]
 
 
 def decoded(png: bytes) -> np.ndarray:
@@ -108,7 +115,7 @@ def test_no_tensorflow_is_imported(tmp_path):
     """
     finished = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)],
-        cwd=Path(__file__).parents[1],
+        cwd=REPOSITORY,
         capture_output=True,
         text=True,
         timeout=60,
@@ -175,13 +182,88 @@ def test_an_error_in_the_block_is_not_hidden_by_closing(tmp_path):
         raise ZeroDivisionError
 
 
-def test_event_files_sort_by_the_time_they_were_made(tmp_path):
-    for step in range(12):
-        with Writer(tmp_path) as writer:
-            writer.scalars(step, {"a": step})
-    files = sorted(tmp_path.iterdir())
-    steps = [[e.step for e in EventFileLoader(str(f)).Load() if e.step] for f in files]
-    assert steps == [[], *([step] for step in range(1, 12))]
+def test_runs_are_folders_of_one_writer(tmp_path):
+    """Each drops by itself what a killed run wrote later."""
+    for start in (1, 3):
+        with Writer(tmp_path, runs=["", "train", "a/b"], resume_at=start) as writer:
+            for step in range(start, start + 4):
+                writer.scalars(step, {"loss": start}, "train")
+                writer.histogram(step, "weights", np.arange(step), "a/b")
+            writer.text(start, "config", "text")
+    assert tensors(tmp_path)["config"].keys() == {1, 3}
+    assert tensors(tmp_path / "train") == {"loss": {1: 1, 2: 1, 3: 3, 4: 3, 5: 3, 6: 3}}
+    assert sorted(tensors(tmp_path / "a" / "b")["weights"]) == [1, 2, 3, 4, 5, 6]
+    assert sum(path.is_file() for path in tmp_path.rglob("*")) == 2 * 3
+
+
+@pytest.mark.parametrize("where", ["here", "bucket"])
+def test_a_clock_that_is_set_back_loses_nothing(tmp_path, monkeypatch, where):
+    """TensorBoard reads files by name, and shows times as they are written."""
+    folder = str(tmp_path) if where == "here" else f"memory://{uuid.uuid4().hex}/run"
+    clocks = (2e9, 1e9, 3e9, 2.5e9)
+    for number, clock in enumerate(clocks):
+        monkeypatch.setattr(summaries.time, "time", lambda clock=clock: clock)
+        start = 1 + 10 * number
+        with Writer(folder, resume_at=start) as writer:
+            for step in range(start, start + 20):  # Ten of them the next one writes again.
+                writer.scalars(step, {"a": number})
+    accumulator = EventAccumulator(folder, size_guidance={"tensors": 0}).Reload()
+    events = accumulator.Tensors("a")
+    assert [event.step for event in events] == list(range(1, 51))
+    numbers = [tensor_util.make_ndarray(event.tensor_proto).item() for event in events]
+    assert numbers == [min((step - 1) // 10, 3) for step in range(1, 51)]
+    times = [event.wall_time for event in events]
+    assert min(np.diff(times)) > -1e-3 and times[0] == pytest.approx(2e9) and times[-1] < 3e9 + 1
+
+
+def test_ctrl_c_during_a_write_loses_nothing(tmp_path, monkeypatch):
+    writer = Writer(tmp_path)
+    records = summaries._records
+
+    def interrupted(events):
+        monkeypatch.setattr(summaries, "_records", records)
+        os.kill(os.getpid(), signal.SIGINT)
+        return records(events)
+
+    monkeypatch.setattr(summaries, "_records", interrupted)
+    with pytest.raises(KeyboardInterrupt), writer:
+        writer.scalars(1, {"a": 1})
+        writer.flush()
+        time.sleep(1)  # Where the signal may arrive late.
+    assert tensors(tmp_path)["a"] == {1: 1}
+
+
+@pytest.mark.parametrize(
+    "end", ["", "raise SystemExit", "cut = True; writer.close()", "cut = True; writer.flush()"]
+)
+def test_a_process_that_ends_without_closing_loses_nothing(tmp_path, end):
+    """Also one whose last flush or close was interrupted."""
+    program = f"""
+        import sys, threading
+        from fedexp import summaries
+
+        cut = False
+
+        def interrupted(method):
+            def call(*args):
+                global cut
+                if cut and threading.current_thread() is threading.main_thread():
+                    cut = False
+                    raise KeyboardInterrupt
+                return method(*args)
+            return call
+
+        threading.Event.wait = interrupted(threading.Event.wait)
+        threading.Thread.join = interrupted(threading.Thread.join)
+        summaries._FLUSH_SECS = 3600.0
+        writer = summaries.Writer(sys.argv[1])
+        writer.scalars(1, {{"a": 1.0}})
+        {end}
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert ("KeyboardInterrupt" in done.stderr) == ("cut" in end), done.stderr
+    assert tensors(tmp_path)["a"] == {1: 1}
 
 
 @pytest.mark.parametrize("below", ["", "deeper/folder"])
@@ -205,8 +287,7 @@ def test_an_error_in_the_background_reaches_the_next_call(tmp_path, monkeypatch,
     writer = Writer(tmp_path / "run")
     os.rename(tmp_path / "run", tmp_path / "gone")
     writer.scalars(1, {"a": 1})
-    [thread] = [thread for thread in threading.enumerate() if thread.name == "summaries"]
-    thread.join(20)
+    time.sleep(0.2)
     with pytest.raises(UserError, match=f"Cannot write summaries to {tmp_path / 'run'}: .*No such"):
         call(writer)
 
@@ -264,28 +345,44 @@ def test_confusion_image_shows_row_shares():
     assert (image != confusion_image(matrix.T, ["a", "b", "c"])).any()
 
 
-@pytest.mark.parametrize("num_classes", [10, 62])
-def test_confusion_image_darkens_the_right_cells(num_classes):
-    rng = np.random.default_rng(0)
-    predicted = rng.permutation(num_classes)
+@pytest.mark.parametrize(
+    ("num_classes", "cell", "rows"), [(2, 155, 1), (10, 31, 1), (31, 10, 1), (62, 5, 2)]
+)
+def test_a_confusion_image_is_legible_at_the_size_shown(num_classes, cell, rows):
+    """TensorBoard shows 350 pixels: every class has whole pixels, and a label that touches no other."""
+    predicted = np.random.default_rng(0).permutation(num_classes)
     matrix = np.zeros((num_classes, num_classes), int)
-    matrix[np.arange(num_classes), predicted] = rng.integers(1, 50, num_classes)
-    image = confusion_image(matrix, [str(i % 10) for i in range(num_classes)]).astype(int)
-    # Full cells are of the colour map's darkest, and fill every column up to the colour bar's gap.
-    dark = abs(image - [8, 48, 107]).max(axis=-1) < 3
-    left = dark.any(axis=0).argmax()
-    right = left + (~dark.any(axis=0)[left:]).argmax()
-    dark[:, right:] = False
-    [rows] = dark.any(axis=1).nonzero()
-    top, bottom = rows[0], rows[-1] + 1
-    step = (bottom - top) / num_classes
-    assert step == pytest.approx((right - left) / num_classes, rel=0.05) and step > 10
-    for true in range(num_classes):
-        # A quarter into the cell: numbers are written at its middle.
-        y, x = top + (true + 0.2) * step, left + (predicted[true] + 0.2) * step
-        assert dark[int(y), int(x)]
-    area = dark.sum() / step**2
-    assert 0.7 * num_classes < area < 1.1 * num_classes
+    matrix[np.arange(num_classes), predicted] = 7
+    image = confusion_image(matrix, "H" * num_classes).astype(int)
+    assert image.shape[1] == 350
+    left, top, side = 350 - 8 - cell * num_classes, 46, cell * num_classes
+    inside = image[top : top + side, left : left + side]
+    # Numbers are written at the middle of a cell, the frame goes along the outermost pixels.
+    places = slice(max(cell // 5, 2), None, cell)
+    corners = inside[places, places]
+    dark = abs(corners - [8, 48, 107]).max(axis=-1) < 3
+    np.testing.assert_array_equal(dark.argmax(axis=1), predicted)
+    assert dark.sum() == num_classes
+    # Left of the matrix there is something light between labels, in one row of them or in two.
+    rows_of_pixels = slice(top - 4, top + side + 4)
+    near = image[rows_of_pixels, left - 11 : left - 4].min(axis=(1, 2)) < 128
+    assert count_runs(near) == math.ceil(num_classes / rows)
+    if rows == 2:
+        far = image[rows_of_pixels, left - 20 : left - 13].min(axis=(1, 2)) < 128
+        assert count_runs(far) == num_classes // 2
+
+
+def count_runs(flags):
+    return int(flags[0]) + int((flags[1:] & ~flags[:-1]).sum())
+
+
+@pytest.mark.parametrize("num_classes", [20, 100])
+def test_long_names_leave_room_for_the_matrix(num_classes):
+    image = confusion_image(np.eye(num_classes), ["a long name of a class"] * num_classes)
+    assert (image.shape[1] == 350) == (num_classes == 20)
+    dark = (abs(image[47:].astype(int) - [8, 48, 107]).max(axis=-1) < 3).sum()
+    side = {20: 11, 100: 3}[num_classes]
+    assert 0.6 < dark / (num_classes * side**2) < 1.1
 
 
 def test_confusion_image_of_names_that_do_not_fit():

@@ -108,7 +108,7 @@ def test_evaluation_takes_whole_clients():
 def test_a_run_s_timings_are_read(tmp_path):
     with Writer(tmp_path) as writer:
         for step in range(1, 30):
-            writer.scalars(step, {"perf/round_seconds": step / 2, "test/loss": 1.0})
+            writer.scalars(step, {"training/perf/round_seconds": step / 2, "training/lr": 1.0})
     found = announcement.scalars(str(tmp_path))
     assert found.keys() == {"perf/round_seconds"}
     np.testing.assert_array_equal(found["perf/round_seconds"], np.arange(1, 30) / 2)

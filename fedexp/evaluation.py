@@ -115,8 +115,16 @@ class Evaluation(NamedTuple):
     confusion: np.ndarray | None = None
 
 
-# (server state, rounds done, the last round's cohort, whether of all clients) -> Evaluation.
-Measuring = Callable[[PyTree, int, np.ndarray, bool], Evaluation]
+class Bound(NamedTuple):
+    """An evaluation that is ready for a run.
+
+    Attributes:
+      measure: (server state, rounds done, the last round's cohort, whether of all clients) -> Evaluation.
+      check: traces the evaluation of a server state, which does nothing else; raises what it would raise.
+    """
+
+    measure: Callable[[PyTree, int, np.ndarray, bool], Evaluation]
+    check: Callable[[PyTree], None]
 
 
 def bind(
@@ -127,7 +135,7 @@ def bind(
     sampler: Sampler,
     engine: Engine,
     number: int,
-) -> Measuring:
+) -> Bound:
     """Makes an evaluation ready for a run.
 
     Args:
@@ -159,12 +167,15 @@ def bind(
                 return by_client(state, done, cohort)
             return by_client(state, done, index_of[of_all if full else of_some])
 
-        return measure_by_client
+        return Bound(measure_by_client, by_client.check)
     evaluators = [
         Evaluator(task, _selected(dataset, whom), plan.batch_size, engine.placement)
         for whom in ((of_all,) if of_all is of_some else (of_all, of_some))
     ]
-    return lambda state, done, cohort, full: evaluators[0 if full else -1](state.params)
+    return Bound(
+        lambda state, done, cohort, full: evaluators[0 if full else -1](state.params),
+        lambda state: evaluators[-1].check(state.params),
+    )
 
 
 def _personalisation(plan: Evaluate, task: Task, algorithm: Algorithm) -> Personalisation | None:
@@ -299,6 +310,11 @@ class ClientEvaluator:
         sums = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
         return _summary(self._task, sums)
 
+    def check(self, state: PyTree) -> None:
+        """Traces an evaluation, which raises what its functions raise of these shapes."""
+        anyone = np.flatnonzero(self._sizes > 0)[:1]
+        self._runner.trace(state, self._preparer.prepare(0, Sample(anyone)))
+
     def _measure(self, state: PyTree, done: int, clients: np.ndarray) -> dict[str, Measure]:
         prepared = self._preparer.prepare(done, Sample(clients))
         output, _ = self._runner.run(state, prepared)
@@ -383,6 +399,17 @@ class Evaluator:
         per_client, confusion = jax.device_get(self._total(sums))
         confusion = confusion.astype(np.int64) if self._task.predict is not None else None
         return _summary(self._task, per_client, confusion)
+
+    def check(self, params: PyTree) -> None:
+        """Traces an evaluation, which raises what its functions raise of these shapes."""
+
+        def of_all_devices(array: np.ndarray) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(
+                (self._placement.num_devices, *array.shape[1:]), array.dtype
+            )
+
+        parts = (self._zeros(), next(self._batches()))
+        self._step.eval_shape(params, *jax.tree.map(of_all_devices, parts))
 
     def _zeros(self) -> PyTree:
         """Sums of each of this process's devices: per metric and client, and the confusion."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from fedexp import evaluation
 from fedexp.contracts import Algorithm
-from fedexp.data import ClientBatching, FederatedSplits, Sampler, uniform
+from fedexp.data import ClientBatching, FederatedDataset, FederatedSplits, Sampler, uniform
 from fedexp.engine import Engine, PreparedRound, Strategy, auto
 from fedexp.errors import UserError
 from fedexp.evaluation import Evaluate, Evaluation
@@ -225,9 +225,28 @@ class Session:
         """Results of some of the evaluations after a round, by group."""
         cohort, plans = self._cohort(round_), self.setup.evaluations
         return {
-            plans[i].name: self.evaluations[i](round_.state, round_.number, cohort, full)
+            plans[i].name: self.evaluations[i].measure(round_.state, round_.number, cohort, full)
             for i in which
         }
+
+    def check_evaluations(self) -> None:
+        """Traces the evaluations, so that a mistake in one comes before training and not after it."""
+        trained_on = _shapes(self.splits["train"])
+        for plan, bound in zip(self.setup.evaluations, self.evaluations, strict=True):
+            try:
+                bound.check(self.first.state)
+            except UserError:
+                raise
+            except Exception as error:
+                measured_on = _shapes(self.splits[plan.split])
+                if measured_on != trained_on:
+                    raise UserError(
+                        f"the evaluation {plan.name!r} cannot be: an example has {measured_on} in the split "
+                        f"{plan.split!r} and {trained_on} in 'train', for which the model was made "
+                        f"({str(error).strip().splitlines()[0]})"
+                    ) from error
+                error.add_note(f"fedexp was tracing the evaluation {plan.name!r}, before training")
+                raise
 
     def _cohort(self, round_: Round) -> np.ndarray:
         """Whom a round trained; one that was restored is drawn again."""
@@ -262,6 +281,10 @@ class Session:
                     pool.submit(prepare, later) for later in (number + 1,) if later in rounds
                 ]
                 yield prepared, waited
+
+
+def _shapes(dataset: FederatedDataset) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape[1:] for name, array in dataset.features.items()}
 
 
 def _means(measure: Measure) -> np.ndarray:

@@ -109,6 +109,7 @@ class Experiment(Setup):
         session = Session(self)
         plan = self._checkpoint_plan(session)
         config.check_overrides_used(overrides)
+        session.check_evaluations()
         with contextlib.ExitStack() as stack:
             if workdir is not None:
                 stack.enter_context(using(workdir))

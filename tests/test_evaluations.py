@@ -24,6 +24,7 @@ from fedexp.data import (
 from fedexp.engine import Packing, jit
 from fedexp.errors import UserError
 from fedexp.evaluation import Evaluate
+from fedexp.session import Session
 from fedexp.trainer import Experiment
 from tests.support import linear
 from tests.support.clients import batches, gradient, vector
@@ -33,7 +34,7 @@ TEST = linear.dataset(seed=1)
 
 
 def experiment(*evaluations: Evaluate, splits=None, algorithm=None, **options) -> Experiment:
-    task = linear.task()
+    task = options.pop("task", linear.task())
     options = {"num_rounds": 4, "sampler": uniform(4), "observers": []} | options
     return Experiment(
         splits or FederatedSplits(linear.dataset(), TEST),
@@ -212,3 +213,29 @@ def test_client_states_are_read_and_left_alone():
     alone = last(Evaluate(every=0, personalise=True))
     jax.tree.map(np.testing.assert_array_equal, watched.params, alone.params)
     assert watched.metrics == alone.metrics
+
+
+@pytest.mark.parametrize("clients", [None, "cohort"])
+def test_an_evaluation_that_cannot_be_is_told_before_training(clients, monkeypatch):
+    """The test split has inputs of four numbers, and the model takes three."""
+    test = {
+        name: {**examples, "x": np.pad(examples["x"], ((0, 0), (0, 1)))}
+        for name, examples in TEST.clients()
+    }
+    splits = FederatedSplits(linear.dataset(), FederatedDataset.from_clients(test))
+    rounds = []
+    monkeypatch.setattr(Session, "rounds", lambda *args: rounds.append(args))
+    with pytest.raises(
+        UserError, match=r"'test\w*' cannot be: .*\(4,\).*in the split 'test'.*\(3,\)"
+    ):
+        experiment(Evaluate(clients=clients), splits=splits).run()
+    task = linear.task()
+    task = dataclasses.replace(task, metrics={"bug": lambda outputs, batch: batch["z"]})
+    with pytest.raises(KeyError, match="z") as caught:
+        experiment(
+            Evaluate(clients=clients),
+            algorithm=fedavg(linear.task(), optax.sgd(RATE), optax.sgd(1.0)),
+            task=task,
+        ).run()
+    assert "tracing the evaluation 'test" in caught.value.__notes__[-1]
+    assert not rounds

@@ -121,6 +121,11 @@ class Runner:
         """A round's program, compiled once more, for tools that read it."""
         return self._program.lower(*self._arguments(state, prepared)).compile()
 
+    def trace(self, state: PyTree, prepared: PreparedRound) -> None:
+        """Traces a round and does not run it; nothing where rounds are not compiled."""
+        if self._strategy.compiled:
+            self._program.eval_shape(*self._arguments(state, prepared))
+
     def _arguments(
         self, state: PyTree, prepared: PreparedRound, note: int = 0
     ) -> tuple[PyTree, ...]:

@@ -29,8 +29,12 @@ FILES = {
     "emnist_fedper.gin": ("fedper.local = 'bias'",),
     "emnist_fine_tuned.gin": (),
     "emnist_compressed.gin": (),
+    "emnist_fednova.gin": (),
+    "emnist_feddyn.gin": (),
+    "emnist_q_fedavg.gin": (),
+    "emnist_ditto.gin": (),
 }
-PERSONAL = {"emnist_apfl.gin", "emnist_fedper.gin", "emnist_fine_tuned.gin"}
+PERSONAL = {"emnist_apfl.gin", "emnist_fedper.gin", "emnist_fine_tuned.gin", "emnist_ditto.gin"}
 
 
 @pytest.mark.slow

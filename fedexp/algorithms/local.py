@@ -20,6 +20,7 @@ from fedexp.tasks import (
     carrying_statistics,
     gradient,
     join_statistics,
+    mean_loss,
     reparametrised,
     split_statistics,
 )
@@ -125,11 +126,33 @@ def local_training(
     return ClientWork(init, step, finish)
 
 
+def with_own_extra(work: ClientWork, extra: Callable[[Shared, Clients], PyTree]) -> ClientWork:
+    """Gives the steps of `local_training` a `shared.extra` that differs between clients.
+
+    Args:
+      work: as `local_training`'s.
+      extra: (shared, client) -> what its steps find there.
+    """
+
+    def init(shared: Shared, client: Clients) -> tuple[PyTree, Training]:
+        return extra(shared, client), work.init(shared, client)
+
+    def step(shared: Shared, carry: tuple, batch: Batch, key: jax.Array) -> tuple:
+        own, trained = carry
+        return own, work.step(shared._replace(extra=own), trained, batch, key)
+
+    def finish(shared: Shared, carry: tuple, client: Clients) -> tuple[Update, Trained]:
+        return work.finish(shared, carry[1], client)
+
+    return ClientWork(init, step, finish)
+
+
 def training_own(
     task: Task,
     work: ClientWork,
     optimizer: optax.GradientTransformation,
-    model: Callable[[PyTree, PyTree], PyTree],
+    model: Callable[[PyTree, PyTree], PyTree] = lambda own, sent: own,
+    direction: Direction | None = None,
 ) -> ClientWork:
     """Trains parameters that a client keeps for itself, on the same batches as those that it sends.
 
@@ -138,15 +161,20 @@ def training_own(
       work: `local_training` of what is sent, whose carry it looks at.
       optimizer: of the client's own parameters, its `ClientState.own`.
       model: (own, those that will be sent, before the step) -> parameters of the model.
+      direction: see `local_training`.
 
     Returns:
       Work as `local_training`'s, which keeps the client's own parameters besides.
     """
+
+    def start(shared: Shared, client: Clients) -> PyTree:
+        return client.state.own
+
+    def within(shared: Shared) -> Task:
+        return reparametrised(task, lambda own: model(own, shared.extra))
+
     training = local_training(
-        task,
-        optimizer,
-        start=lambda shared, client: client.state.own,
-        within=lambda shared: reparametrised(task, lambda own: model(own, shared.extra)),
+        task, optimizer, direction=direction, start=start, within=within if model else None
     )
 
     def init(shared: Shared, client: Clients) -> tuple[Training, Training]:
@@ -214,6 +242,26 @@ def full_gradient(task: Task) -> ClientWork:
         total, count = carry
         mean = jax.tree.map(lambda t: t / jnp.maximum(count, 1e-12), total)
         return Update(mean, jnp.float32(1)), mean
+
+    return ClientWork(init, step, finish)
+
+
+def full_loss(task: Task) -> ClientWork:
+    """A client's mean loss at the server's parameters, over a pass that meets every example once.
+
+    Returns:
+      Work whose `shared` has `params`, and whose `finish` returns ((), () float32).
+    """
+
+    def init(shared: Any, client: Clients) -> Measure:
+        return Measure(jnp.zeros(()), jnp.zeros(()))
+
+    def step(shared: Any, carry: Measure, batch: Batch, key: jax.Array) -> Measure:
+        _, sums = mean_loss(task, shared.params, batch.examples, batch.mask, None)
+        return jax.tree.map(jnp.add, carry, sums["loss"])
+
+    def finish(shared: Any, carry: Measure, client: Clients) -> tuple[tuple, jax.Array]:
+        return (), carry.values / jnp.maximum(carry.weights, 1e-12)
 
     return ClientWork(init, step, finish)
 

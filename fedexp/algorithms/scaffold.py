@@ -19,8 +19,9 @@ from fedexp.algorithms.local import (
     local_training,
     round_metrics,
     server_step,
+    with_own_extra,
 )
-from fedexp.contracts import Algorithm, ClientWork, Cohort, RoundOutput, full_pass
+from fedexp.contracts import Algorithm, Cohort, RoundOutput, full_pass
 from fedexp.errors import UserError, check
 from fedexp.tasks import Task, carrying_statistics, join_statistics, split_statistics
 
@@ -89,28 +90,24 @@ def scaffold(
 
     training = local_training(task, optax.sgd(client_learning_rate), "uniform", direction)
 
-    def client_init(shared, client):
-        correction = jax.tree.map(jnp.subtract, shared.extra, client.state.own.old)
-        return correction, training.init(shared, client)
+    def correction(shared, client):
+        return jax.tree.map(jnp.subtract, shared.extra, client.state.own.old)
 
-    def client_step(shared, carry, batch, key):
-        correction, trained = carry
-        return correction, training.step(shared._replace(extra=correction), trained, batch, key)
+    training = with_own_extra(training, correction)
 
-    def client_finish(shared, carry, client):
-        correction, trained = carry
-        update, trained = training.finish(shared, trained, client)
+    def finish(shared, carry, client):
+        update, trained = training.finish(shared, carry, client)
         params, statistics = split_statistics(update.value)
         control, renewed = client.state.own
         if option == 2:
             scale = 1 / (client_learning_rate * client.num_steps)
-            # c_i+ = c_i - c - (y_i - x) / (K eta_l), and correction = c - c_i.
-            renewed = jax.tree.map(lambda u, d: -scale * u - d, params, correction)
+            # c_i+ = c_i - c - (y_i - x) / (K eta_l)
+            renewed = jax.tree.map(lambda u, d: -scale * u - d, params, correction(shared, client))
         sent = Sent(params, jax.tree.map(jnp.subtract, renewed, control))
         value = join_statistics(sent, statistics)
         return update._replace(value=value), trained._replace(own=Control(renewed))
 
-    work = ClientWork(client_init, client_step, client_finish)
+    work = training._replace(finish=finish)
 
     def first_control(params):
         return optax.tree.zeros_like(split_statistics(params)[0])

@@ -24,12 +24,16 @@ from fedexp.aggregators import (
 )
 from fedexp.algorithms import (
     apfl,
+    ditto,
     fedavg,
+    feddyn,
+    fednova,
     fedper,
     fedprox,
     fine_tuning,
     mime,
     optimizers,
+    q_fedavg,
     scaffold,
 )
 from fedexp.data import ClientBatching, uniform
@@ -60,6 +64,10 @@ def algorithms(task):
         "apfl": apfl(task, sgd, server, 0.3, 0.05),
         "fedper": fedper(task, sgd, server, local="^b$"),
         "frozen": fedper(task, sgd, server, frozen="^b$"),
+        "fednova": fednova(task, 0.05, server, 0.5),
+        "feddyn": feddyn(task, 0.5, sgd),
+        "q_fedavg": q_fedavg(task, 1.0, 0.05, full_batch_size=5),
+        "ditto": ditto(task, 0.1, sgd, server),
     }
 
 

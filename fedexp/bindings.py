@@ -14,6 +14,8 @@ import difflib
 import functools
 import inspect
 import sys
+import sysconfig
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -160,6 +162,42 @@ def all_references() -> Iterator[Reference]:
     """Those in force, and those that later statements have replaced."""
     values = [value for _, value in _in_force()] + [s.value for s in _statements]
     return _references(values)
+
+
+def caller_of(error: BaseException) -> str | None:
+    """Where fedexp called the code of a user that raised an error, and for which binding, if it did."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    theirs = [i for i, (frame, _) in enumerate(frames) if _is_theirs(frame.f_code.co_filename)]
+    ours = [i for i in range(theirs[-1] if theirs else 0) if _is_ours(frames[i][0])]
+    if not ours:
+        return None
+    (frame, line), (caller, at) = frames[theirs[-1]], frames[ours[-1]]
+    where = f"{frame.f_code.co_qualname} ({Path(frame.f_code.co_filename).name}, line {line})"
+    called = f"{caller.f_globals['__name__']} (line {at})"
+    owners = {_owner(frames[i][0].f_globals["__name__"], frames[i][0].f_code) for i in theirs}
+    for statement in _last().values():
+        for reference in _references(statement.value):
+            made = reference.configurable.wrapped
+            if _owner(made.__module__, made) in owners:
+                return f"{where} raised this; {called} called it for {statement}"
+    return f"{where} raised this; {called} called it"
+
+
+def _owner(module: str, made: Any) -> tuple[str, str]:
+    """The function or class of a module that a nested one belongs to."""
+    name = getattr(made, "co_qualname", None) or made.__qualname__
+    return module, name.partition(".")[0]
+
+
+def _is_ours(frame: types.FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0]
+
+
+def _is_theirs(file: str) -> bool:
+    """Whether code is neither fedexp's, nor installed, nor Python's own."""
+    paths = sysconfig.get_paths()
+    others = (str(Path(__file__).parent), paths["purelib"], paths["platlib"], paths["stdlib"], "<")
+    return not file.startswith(others)
 
 
 def _references(value: Any) -> Iterator[Reference]:
@@ -466,7 +504,9 @@ def _fits(value: Any, hint: Any) -> bool:
         return False
     if args and isinstance(value, Mapping):
         return all(fits(k, args[0]) and fits(v, args[-1]) for k, v in value.items())
-    if args and isinstance(value, Sequence) and not isinstance(value, str):
+    if args and isinstance(value, str):  # A list of its characters.
+        return fits(value, args[0])
+    if args and isinstance(value, Sequence):
         return all(fits(item, args[0]) for item in value)
     return True
 
@@ -480,8 +520,11 @@ def _may_be(returned: Any, hint: Any) -> bool:
         one = h if r is collections.abc.Callable else r
         if not isinstance(one, type):
             return one is not Literal
-        is_protocol = getattr(one, "_is_protocol", False)
-        return is_protocol or any("__call__" in vars(k) for k in one.__mro__[:-1])
+        if getattr(one, "_is_protocol", False):
+            return True
+        calls = [vars(kind)["__call__"] for kind in one.__mro__[:-1] if "__call__" in vars(kind)]
+        wanted = typing.get_args(returned if one is h else hint)[-1:]
+        return bool(calls) and all(_takes(calls[0], ..., result) for result in wanted)
     if h is Literal:
         return any(isinstance(arg, r) for arg in typing.get_args(hint) if isinstance(r, type))
     if not isinstance(r, type) or not isinstance(h, type) or getattr(h, "_is_protocol", False):

@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.INFO)
     # Imported here, so that --help and a mistyped flag answer at once.
-    from fedexp import config, paths, progress, runtime, trainer
+    from fedexp import bindings, config, paths, progress, runtime, trainer
     from fedexp.errors import UserError
 
     try:
@@ -59,7 +59,11 @@ def main(argv: Sequence[str]) -> int:
                 config.prepare_workdir(_WORKDIR.value, write=runtime.is_first())
             result = experiment().run(_WORKDIR.value, overrides=_GIN_PARAMS.value)
     except UserError as error:
-        runtime.exit_process(f"error: {_without_gin_frames(str(error))}", code=2)
+        runtime.exit_process(f"error: {without_gin_frames(str(error))}", code=2)
+    except Exception as error:
+        if called := bindings.caller_of(error):
+            error.add_note(called)
+        raise
     if runtime.is_first():
         progress.print_table(result.history)
         if _WORKDIR.value and paths.is_remote(_WORKDIR.value):
@@ -91,7 +95,7 @@ def experiment() -> trainer.Experiment:
 
 
 def leave(*_: object) -> NoReturn:
-    """Ends after Ctrl-C in one line. What is on the disk is whole at any moment: there is nothing to tidy up."""
+    """Ends after Ctrl-C in one line; what is on the disk is whole at any moment."""
     os.write(2, b"interrupted\n")
     os._exit(128 + signal.SIGINT)
 
@@ -103,7 +107,7 @@ def _tensorboard() -> str:
     return os.path.relpath(os.path.join(os.path.dirname(sys.executable), "tensorboard"))
 
 
-def _without_gin_frames(message: str) -> str:
+def without_gin_frames(message: str) -> str:
     """Takes off the lines in which Gin says what it was calling."""
     lines = message.splitlines()
     return "\n".join(line for line in lines if not line.startswith("  In call to configurable"))

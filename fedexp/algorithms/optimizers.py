@@ -34,7 +34,7 @@ _OPTAX_SCHEDULES = (
 )
 
 
-# Numbers that are not finite and at least 0 are refused; these are also below 1.
+# None may be negative or infinite; these are also below 1.
 _DECAYS = ("b1", "b2", "b3", "decay", "momentum")
 _OTHERS = ("learning_rate", "eps", "eps_root", "weight_decay", "initial_accumulator_value")
 
@@ -53,11 +53,11 @@ def _checked(optimizer: Callable[..., optax.GradientTransformation]):
         for name, value in {**given, **kwargs}.items():
             if value is None or callable(value) or name not in (*_DECAYS, *_OTHERS):
                 continue
-            wanted = "at least 0 and below 1" if name in _DECAYS else "finite and at least 0"
-            check(
-                (value >= 0) & (value < (1 if name in _DECAYS else math.inf)),
-                f"{_scoped(optimizer.__name__)}.{name} must be {wanted}, got {value}",
-            )
+            full = f"{_scoped(optimizer.__name__)}.{name}"
+            why = "; gradients are already descended" if name == "learning_rate" else ""
+            check(value >= 0, f"{full} must not be negative, got {value}{why}")
+            limit, wanted = (1, "below 1") if name in _DECAYS else (math.inf, "finite")
+            check(value < limit, f"{full} must be {wanted}, got {value}")
         return optimizer(learning_rate, *args, **kwargs)
 
     return build

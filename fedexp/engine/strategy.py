@@ -32,7 +32,7 @@ class Packing:
         share 4 GiB.
 
     Raises:
-      UserError: lanes or batch_sizes below 1.
+      UserError: lanes or batch_sizes out of range.
     """
 
     lanes: int | Literal["auto"] = "auto"
@@ -40,8 +40,8 @@ class Packing:
     max_resident_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        if self.lanes != "auto" and (not isinstance(self.lanes, int) or self.lanes < 1):
-            raise UserError(f"lanes must be 'auto' or a number from 1, got {self.lanes!r}")
+        if self.lanes != "auto" and not (isinstance(self.lanes, int) and 1 <= self.lanes <= 4096):
+            raise UserError(f"lanes must be 'auto' or a number from 1 to 4096, got {self.lanes!r}")
         if self.batch_sizes < 1:
             raise UserError(f"batch_sizes must be at least 1, got {self.batch_sizes}")
 

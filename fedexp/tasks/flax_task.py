@@ -55,11 +55,12 @@ def flax_task(
 
     Raises:
       UserError: another compute_dtype (float16's gradients would underflow without scaling). The task's
-        `init` raises for a model whose outputs do not fit.
+        `init` raises for a model whose arguments or outputs do not fit.
     """
     if compute_dtype not in ("bfloat16", None):
         raise UserError(f"compute_dtype must be 'bfloat16' or None, got {compute_dtype!r}")
-    accepted = inspect.signature(type(model).__call__).parameters
+    signature = inspect.signature(type(model).__call__)
+    accepted = signature.parameters
 
     def options(train: bool, mask: jax.Array | None = None) -> dict[str, Any]:
         given = {"train": train} if mask is None else {"train": train, "mask": mask}
@@ -69,8 +70,15 @@ def flax_task(
         return model.init_with_output(key, *inputs(batch, None), **options(train=False))
 
     def init(key: jax.Array, batch: Features) -> PyTree:
-        outputs, _ = jax.eval_shape(first, key, batch)
         args = jax.eval_shape(lambda batch: inputs(batch, None), batch)
+        try:
+            signature.bind(model, *args, **options(train=False))
+        except TypeError as error:
+            raise UserError(
+                f"{type(model).__name__}.__call__: {error}; {name} gives it {len(args)} input(s), and a bool "
+                "`train` if it takes one"
+            ) from None
+        outputs, _ = jax.eval_shape(first, key, batch)
         found, expected = getattr(outputs, "shape", type(outputs)), output_shape(*args)
         if found != expected:
             shapes = " and ".join(str(arg.shape) for arg in args)

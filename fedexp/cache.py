@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,21 +86,45 @@ def _held(folder: Path) -> filelock.BaseFileLock:
 def sole_use(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Holds a folder of this machine against other processes, without waiting for them.
 
-    A process may hold it several times over. That of a killed process is free at once; where the file system
-    knows no locks, nobody is kept out.
+    A process may hold it several times over. The kernel, or a shared file system's server, frees the lock of
+    a dead process or host. Where the file system knows no locks, a file stands for one: that of a
+    dead process of this host is taken over, and that of another host has to be deleted by hand.
 
     Raises:
       UserError: another process holds it.
     """
-    held = filelock.FileLock(os.path.join(folder, ".lock"), is_singleton=True)
+    path = os.path.join(folder, ".lock")
     with contextlib.ExitStack() as stack:
-        try:
-            held.acquire(timeout=0)
+        for kind in (filelock.FileLock, filelock.SoftFileLock):
+            own = path if kind is filelock.FileLock else f"{path}.owner"
+            held = kind(own, is_singleton=True)
+            try:
+                held.acquire(timeout=0)
+            except filelock.Timeout as error:
+                raise UserError(
+                    f"another run is under way in {folder}{_holder(own)}; wait for its end, or choose "
+                    f"another folder. If its machine is gone for good, delete {own}"
+                ) from error
+            except (OSError, NotImplementedError):
+                continue
             stack.callback(held.release)
-        except filelock.Timeout as error:
-            raise UserError(
-                f"another run is under way in {folder}; wait for its end, or choose another folder"
-            ) from error
-        except (OSError, NotImplementedError):
+            if kind is filelock.FileLock:
+                _write_holder(own)
+            break
+        else:
             logging.warning("cannot lock %s: start no other run there", folder)
         yield
+
+
+def _write_holder(path: str) -> None:
+    """Says in a lock file who holds it, as filelock does where a file is all there is to a lock."""
+    with contextlib.suppress(OSError):
+        Path(path).write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
+
+
+def _holder(path: str) -> str:
+    try:
+        pid, host, *_ = Path(path).read_text().splitlines()
+    except (OSError, ValueError):  # Not written yet, or by an older version.
+        return ""
+    return f", by process {pid} on {host}"

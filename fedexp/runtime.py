@@ -153,7 +153,7 @@ def is_about_others(error: BaseException | None) -> bool:
 def stop_signals(say: Callable[[str], None]) -> Iterator[Callable[[], int | None]]:
     """Yields a function that tells which of SIGINT and SIGTERM has asked the run to stop, if any.
 
-    A second signal acts at once, as if nobody listened.
+    A second signal ends the run at once, but what was told to observers reaches them.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -163,8 +163,15 @@ def stop_signals(say: Callable[[str], None]) -> Iterator[Callable[[], int | None
     def note(number: int, frame: Any) -> None:
         del frame
         received.append(number)
-        signal.signal(number, before[signal.Signals(number)])
+        # Both unwind the stack, so that everything is flushed on the way out.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, leave)
         say(f"{signal.Signals(number).name}: stopping after this round")
+
+    def leave(number: int, frame: Any) -> None:
+        del frame
+        signal.signal(number, signal.SIG_DFL)
+        sys.exit(128 + number)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in before:

@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 LINEAR = f"--gin_file={REPOSITORY}/tests/support/linear.gin"
+
+
+# `python -m fedexp.main`, which says when it takes over.
+BEGUN = """
+import runpy, signal
+watched = signal.signal
+
+def set_handler(*args):
+    signal.signal = watched
+    watched(*args)
+    print("begun", flush=True)
+
+signal.signal = set_handler
+runpy.run_module("fedexp.main", run_name="__main__", alter_sys=True)
+"""
 
 
 def fedexp(*arguments, cwd=REPOSITORY):
@@ -96,6 +113,21 @@ def test_bad_bindings_are_refused_in_one_line(param, message):
     assert line.startswith("error: ")
     assert message in line
     assert len(line.splitlines()) == 1
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.5])
+def test_an_early_ctrl_c_is_one_line(seconds):
+    """Here before and while JAX and the data are loaded; both before a round."""
+    command = [sys.executable, "-c", BEGUN, LINEAR, "--gin_param=train.num_rounds = 100000"]
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors == "interrupted\n" and output == ""
 
 
 def test_an_unwritable_workdir_is_refused(tmp_path):

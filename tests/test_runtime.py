@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import jax
 import pytest
@@ -175,3 +176,15 @@ def test_a_single_process_meets_its_errors_itself():
         runtime.leaving_a_broken_group(lambda: "start afresh"),
     ):
         raise jax.errors.JaxRuntimeError(LOST[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_unwinds_so_that_everything_is_flushed(number):
+    before, said = signal.getsignal(number), []
+    ended = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit}[number]
+    with pytest.raises(ended), runtime.stop_signals(said.append) as stop:
+        assert stop() is None
+        signal.raise_signal(number)
+        assert stop() == number and said == [f"{number.name}: stopping after this round"]
+        signal.raise_signal(number)
+    assert signal.getsignal(number) == before

@@ -30,7 +30,7 @@ from fedexp.data import FederatedDataset, FederatedSplits, fixed, poisson, unifo
 from fedexp.engine import Packing, jit
 from fedexp.errors import UserError
 from fedexp.evaluation import Evaluate
-from fedexp.reporting import JsonLines, TensorBoard
+from fedexp.reporting import JsonLines, Observer, TensorBoard
 from fedexp.session import Session, Setup
 from fedexp.summaries import Writer
 from fedexp.tasks import Measure, classification
@@ -311,6 +311,52 @@ def test_a_signal_stops_cleanly_with_a_checkpoint(tmp_path, number):
     checkpointer = Checkpointer(tmp_path / "checkpoints")
     assert checkpointer.latest() == stopped
     checkpointer.close()
+
+
+class Stopping(Observer):
+    """Sends a signal after the second round, and notes what is said."""
+
+    def __init__(self):
+        self.said = []
+
+    def say(self, message):
+        self.said.append(message)
+
+    def round(self, report):
+        if report.number == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_stopped_run_promises_what_there_is(tmp_path, kept):
+    observer = Stopping()
+    result = run(tmp_path if kept else None, observers=[observer])
+    assert result.stopped_by == signal.SIGTERM
+    way_on = "the same command goes on from there" if kept else "nothing is kept without a workdir"
+    assert observer.said[-1] == f"stopped after round {result.rounds}; {way_on}"
+
+
+def test_what_diverges_is_told_with_the_latest_checkpoint(tmp_path):
+    task = linear.task()
+    algorithm = fedavg(task, optax.sgd(0.05), optax.sgd(1e5))
+    for workdir, plan, said in (
+        (
+            tmp_path / "kept",
+            CheckpointPlan(every=1),
+            rf"\. The latest checkpoint in {tmp_path}/kept ",
+        ),
+        (tmp_path / "none", CheckpointPlan(every=0), r"names the client and the step\.$"),
+        (None, CheckpointPlan(every=1), r"names the client and the step\.$"),
+    ):
+        with pytest.raises(UserError, match=said):
+            run(
+                workdir,
+                task=task,
+                algorithm=algorithm,
+                num_rounds=30,
+                checkpoints=plan,
+                evaluations=[Evaluate(every=0)],
+            )
 
 
 @pytest.mark.slow

@@ -100,8 +100,9 @@ def convert(
     folder = directory.with_name(f".{directory.name}.part")
     with packed.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    what = f"converting {directory.name}"
     # A damaged file may crash the library that reads it, so this is no work for the main process either.
-    client_ids = workers.run(source.client_ids) if num_workers != 0 else source.client_ids()
+    client_ids = workers.run(what, source.client_ids) if num_workers != 0 else source.client_ids()
     with contextlib.closing(_Part(folder)) as part:
         rest = client_ids[part.num_clients :]
         chunks = [rest[i : i + clients_per_chunk] for i in range(0, len(rest), clients_per_chunk)]
@@ -111,7 +112,7 @@ def convert(
             num_workers = _num_cpus()
         with (
             _progress_bar(directory.name, part.num_clients, len(client_ids)) as report,
-            _reader(source, min(num_workers, len(chunks))) as read,
+            _reader(what, source, min(num_workers, len(chunks))) as read,
         ):
             for chunk in read(chunks):
                 part.append(chunk)
@@ -283,13 +284,13 @@ def _flush(file: BinaryIO) -> None:
 
 @contextlib.contextmanager
 def _reader(
-    source: Source, num_workers: int
+    what: str, source: Source, num_workers: int
 ) -> Iterator[Callable[[Iterable[list[str]]], Iterator[_Chunk]]]:
     """Yields a function that reads lists of client ids, in their order."""
     if not num_workers:
         yield functools.partial(map, functools.partial(_read_chunk, source))
         return
-    with workers.pool(num_workers, _begin_worker, source) as submit:
+    with workers.pool(what, num_workers, _begin_worker, source) as submit:
 
         def read(chunks: Iterable[list[str]]) -> Iterator[_Chunk]:
             under_way: collections.deque[concurrent.futures.Future] = collections.deque()

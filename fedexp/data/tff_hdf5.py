@@ -128,7 +128,8 @@ def load_splits(
         )
 
     def pack(folder: Path) -> None:
-        workers.run(lambda: packed.write(directory, read_folder(folder)))
+        what = "reading " + " and ".join(map(str, _find(folder, name)))
+        workers.run(what, lambda: packed.write(directory, read_folder(folder)))
 
     def pack_published() -> None:
         archive = f"{name}.tar.bz2"

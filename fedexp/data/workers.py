@@ -27,13 +27,14 @@ _in_worker = False
 
 @contextlib.contextmanager
 def pool(
-    num_workers: int, initializer: Callable[..., None] | None = None, *initargs: object
+    what: str, num_workers: int, initializer: Callable[..., None] | None = None, *initargs: object
 ) -> Iterator[Submit]:
     """Yields submit(function, *args) -> future, which runs functions in processes of their own.
 
     They import neither the main module nor JAX, leave Ctrl-C to this process, and end with it.
 
     Args:
+      what: what they do, for error messages.
       num_workers: how many processes.
       initializer: called first in each of them.
       *initargs: its arguments.
@@ -63,16 +64,21 @@ def pool(
         try:
             yield submit
         except loky.process_executor.TerminatedWorkerError as error:
-            raise UserError(_what_ended_it(str(error))) from error
+            raise UserError(f"{what}: {_what_ended_it(str(error))}") from error
 
 
-def run(function: Callable[..., T], *args: object) -> T:
+def run(what: str, function: Callable[..., T], *args: object) -> T:
     """Calls a function in a process of its own, which it may crash.
+
+    Args:
+      what: what it does, for error messages.
+      function: to be called.
+      *args: its arguments.
 
     Raises:
       UserError: it did, or was ended by `limited`; otherwise whatever it raises.
     """
-    with pool(1) as submit:
+    with pool(what, 1) as submit:
         return submit(function, *args).result()
 
 
@@ -97,15 +103,15 @@ def _what_ended_it(error: str) -> str:
     signals = {-int(code) for code in codes}
     if signal.SIGPROF in signals:
         return (
-            f"reading took more than {LIMIT_S:.0f} s of CPU time at one place, so the file that was being "
-            "read is probably damaged; get it again"
+            f"it took more than {LIMIT_S:.0f} s of CPU time at one place, so the file is probably damaged; "
+            "get it again"
         )
-    ended = f"a worker of the conversion ended with exit code {', '.join(codes) or 'unknown'}, "
+    ended = f"a worker process ended with exit code {', '.join(codes) or 'unknown'}, "
     if signals & _CRASHES:
-        return f"{ended}a crash: the file that it read is probably damaged; get it again"
+        return f"{ended}a crash: the file is probably damaged; get it again"
     return (
-        f"{ended}perhaps for lack of memory; run again with a smaller num_workers, it goes on where it "
-        "stopped"
+        f"{ended}perhaps for lack of memory; run again, with a smaller num_workers where there is one: a "
+        "conversion goes on where it stopped"
     )
 
 

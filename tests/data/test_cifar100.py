@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedexp import config
-from fedexp.data import cifar100
+from fedexp.data import cifar100, workers
 from fedexp.errors import UserError
 from fedexp.trainer import Experiment
 
@@ -20,6 +20,8 @@ LABELS = np.array([99, 0, 7])
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDEXP_CACHE", str(tmp_path / "cache"))
+    # Quicker; test_tff_hdf5.py has the worker process.
+    monkeypatch.setattr(workers, "run", lambda what, function: function())
 
 
 def write(folder: Path, images: np.ndarray = IMAGES, labels: np.ndarray = LABELS) -> str:

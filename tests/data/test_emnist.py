@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 import pytest
 
-from fedexp.data import emnist
+from fedexp.data import emnist, workers
 from fedexp.errors import UserError
 
 DATA = Path(os.environ.get("FEDEXP_TEST_DATA", "")) / "mnist_by_writer"
@@ -20,6 +20,8 @@ needs_data = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDEXP_CACHE", str(tmp_path / "cache"))
+    # Quicker; test_tff_hdf5.py has the worker process.
+    monkeypatch.setattr(workers, "run", lambda what, function: function())
 
 
 def _write(folder: Path, name: str, pixels: np.ndarray, labels: np.ndarray) -> None:

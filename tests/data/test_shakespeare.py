@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 import pytest
 
-from fedexp.data import shakespeare
+from fedexp.data import shakespeare, workers
 from fedexp.data.shakespeare import BOS, CHARACTERS, EOS, OOV, PAD
 from fedexp.errors import UserError
 
@@ -21,6 +21,8 @@ needs_data = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDEXP_CACHE", str(tmp_path / "cache"))
+    # Quicker; test_tff_hdf5.py has the worker process.
+    monkeypatch.setattr(workers, "run", lambda what, function: function())
 
 
 def _write(folder: Path, roles: dict[str, list[bytes]], dtype=None) -> str:

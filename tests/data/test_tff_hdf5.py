@@ -1,7 +1,9 @@
 """The reader of TFF's HDF5 layout, against files written by the test."""
 
 import hashlib
+import os
 import re
+import signal
 import tarfile
 from pathlib import Path
 
@@ -261,6 +263,17 @@ def test_load_splits_from_a_folder_packs_once(tmp_path, monkeypatch):
             np.testing.assert_array_equal(dataset.client(2)["y"], _clients(seed)["b"]["label"])
             assert isinstance(dataset.features["x"], np.memmap)
         monkeypatch.setattr(tff_hdf5, "read", None)  # The second time, nothing is read.
+
+
+def test_a_file_that_crashes_the_library_is_one_line(tmp_path):
+    _write_splits(tmp_path / "data")
+    crash = Feature("label", (), np.integer, lambda rows: os.kill(os.getpid(), signal.SIGSEGV))
+    with pytest.raises(
+        UserError, match=r"toy_train\.h5 and .*toy_test\.h5: .* exit code -11, a crash"
+    ):
+        tff_hdf5.load_splits(
+            "toy", {"y": crash}, version=1, sha256="", data_dir=str(tmp_path / "data")
+        )
 
 
 def test_load_splits_sees_an_edited_file(tmp_path):

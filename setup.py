@@ -36,6 +36,7 @@ setup(
         "flax>=0.12",
         "fsspec",
         "gin-config>=0.5",
+        "google-crc32c",
         "h5py",
         "jax>=0.10",
         "jaxlib>=0.10",

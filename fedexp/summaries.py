@@ -12,12 +12,14 @@ import math
 import os
 import re
 import socket
+import struct
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 
 from fedexp import paths
@@ -369,13 +371,18 @@ def _event(wall_time: float, **fields: Any) -> bytes:
 
 
 def _records(events: Sequence[bytes]) -> bytes:
-    """Events as they stand in a file, each with its length and checksums."""
-    from tensorboard.summary.writer.record_writer import RecordWriter
+    """Events as TFRecords stand in a file, each with its length and the checksums of both."""
+    parts = []
+    for event in events:  # Not by TensorBoard's RecordWriter, whose checksums are made in Python.
+        length = struct.pack("<Q", len(event))
+        parts += [length, _checksum(length), event, _checksum(event)]
+    return b"".join(parts)
 
-    records = io.BytesIO()
-    for event in events:
-        RecordWriter(records).write(event)
-    return records.getvalue()
+
+def _checksum(data: bytes) -> bytes:
+    crc = google_crc32c.value(data)
+    masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    return struct.pack("<I", masked)
 
 
 def _png(image: np.ndarray) -> bytes:

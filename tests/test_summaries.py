@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util import tensor_util
 
 from fedexp import summaries
@@ -58,6 +59,15 @@ def test_values_are_read_back(tmp_path):
     assert (width, height) == (b"7", b"5")
     for png, picture in zip(pngs, pictures, strict=True):
         np.testing.assert_array_equal(decoded(png), picture)
+
+
+@pytest.mark.parametrize("size", [0, 1, 8, 1000])
+def test_records_are_those_of_tensorboard(size):
+    events = [bytes(range(256)) * 4, np.random.default_rng(size).bytes(size)]
+    expected = io.BytesIO()
+    for event in events:
+        RecordWriter(expected).write(event)
+    assert summaries._records(events) == expected.getvalue()
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

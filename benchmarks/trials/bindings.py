@@ -1,8 +1,9 @@
 """Mutates the bindings of shipped configs, and starts what they describe, up to a round or two.
 
-Each trial is a forked process that loads the config as the command line does, builds the experiment on
-small embedded data, and runs a round with its evaluation. It ends well ("ok"), is refused in one line
-("refused", exit code 2), gives a traceback ("traceback") or more than a line ("long"), or goes on ("hang").
+Each trial loads a config as the command line does. If that is not refused, a forked process builds the
+experiment on small embedded data, and runs a round with its evaluation. It ends well ("ok"), is refused in
+one line ("refused", exit code 2), gives a traceback ("traceback") or more than a line ("long"), or goes on
+("hang").
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import NamedTuple
 import gin
 from gin import config as gin_config
 
-from fedexp import config, main, trainer  # noqa: F401  Registers what the files name.
+from fedexp import bindings, config, main, trainer  # noqa: F401  Registers what the files name.
 from fedexp.errors import UserError
 
 RESULTS = Path(__file__).parent.parent / "results" / "trials_bindings.json"
@@ -169,7 +170,9 @@ def _of_other_scope(name: str, value: str, rng: random.Random) -> str:
 
 
 def attempt(trial: Trial) -> tuple[str, str]:
-    """Runs a trial in a process of its own; returns its outcome and what it said."""
+    """Runs a trial, from the building on in a process of its own; returns its outcome and what it said."""
+    if (early := checked(trial))[0] != "ok":
+        return early
     receiving, sending = os.pipe()
     child = os.fork()
     if child == 0:
@@ -191,9 +194,18 @@ def attempt(trial: Trial) -> tuple[str, str]:
     return outcome, said
 
 
-def _outcome(trial: Trial) -> tuple[str, str]:
+def checked(trial: Trial) -> tuple[str, str]:
+    """The outcome of what is checked before anything is built, here."""
+    return _outcome(trial, only_checked=True)
+
+
+def _outcome(trial: Trial, only_checked: bool = False) -> tuple[str, str]:
+    gin.clear_config()
     try:
         config.load([trial.file], trial.params)
+        bindings.check_required()
+        if only_checked:
+            return "ok", ""
         experiment = main.experiment()
         object.__setattr__(experiment, "num_rounds", min(experiment.num_rounds, 2))
         experiment.run(overrides=trial.params[len(SMALL) :])

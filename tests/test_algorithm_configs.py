@@ -33,8 +33,16 @@ FILES = {
     "emnist_feddyn.gin": (),
     "emnist_q_fedavg.gin": (),
     "emnist_ditto.gin": (),
+    "emnist_hypcluster.gin": (),
+    "emnist_agnostic.gin": (),
 }
-PERSONAL = {"emnist_apfl.gin", "emnist_fedper.gin", "emnist_fine_tuned.gin", "emnist_ditto.gin"}
+PERSONAL = {
+    "emnist_apfl.gin",
+    "emnist_fedper.gin",
+    "emnist_fine_tuned.gin",
+    "emnist_ditto.gin",
+    "emnist_hypcluster.gin",
+}
 
 
 @pytest.mark.slow

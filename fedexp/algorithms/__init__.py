@@ -3,6 +3,7 @@
 from fedexp.algorithms import optimizers as optimizers
 from fedexp.algorithms.aggregation import aggregate as aggregate
 from fedexp.algorithms.aggregation import init_client as init_client
+from fedexp.algorithms.agnostic import agnostic as agnostic
 from fedexp.algorithms.apfl import apfl as apfl
 from fedexp.algorithms.ditto import ditto as ditto
 from fedexp.algorithms.fedavg import averaging as averaging
@@ -12,6 +13,7 @@ from fedexp.algorithms.fednova import fednova as fednova
 from fedexp.algorithms.fedper import fedper as fedper
 from fedexp.algorithms.fedprox import fedprox as fedprox
 from fedexp.algorithms.fine_tuning import fine_tuning as fine_tuning
+from fedexp.algorithms.hypcluster import hypcluster as hypcluster
 from fedexp.algorithms.local import local_training as local_training
 from fedexp.algorithms.mime import mime as mime
 from fedexp.algorithms.q_fedavg import q_fedavg as q_fedavg

@@ -31,6 +31,7 @@ from fedexp.algorithms import (
     fedper,
     fedprox,
     fine_tuning,
+    hypcluster,
     mime,
     optimizers,
     q_fedavg,
@@ -68,6 +69,7 @@ def algorithms(task):
         "feddyn": feddyn(task, 0.5, sgd),
         "q_fedavg": q_fedavg(task, 1.0, 0.05, full_batch_size=5),
         "ditto": ditto(task, 0.1, sgd, server),
+        "hypcluster": hypcluster(task, 2, sgd, optax.adam(0.1)),
     }
 
 

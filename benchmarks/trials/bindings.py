@@ -25,7 +25,7 @@ from typing import NamedTuple
 import gin
 from gin import config as gin_config
 
-from fedexp import bindings, config, main, trainer  # noqa: F401  Registers what the files name.
+from fedexp import bindings, config, main, runtime, trainer  # noqa: F401  Registers what the files name.
 from fedexp.errors import UserError
 
 RESULTS = Path(__file__).parent.parent / "results" / "trials_bindings.json"
@@ -83,7 +83,7 @@ True False None '' 'False' '1' '0.1' 'jit' 'mesh' 'adam' 'é\\n' b'1' 1+1 . = %n
 @glyphs @handwriting @scale() @constant_schedule() @fine_tuning @classification() @crop_and_flip()
 """.split()  # noqa: SIM905
 # Seconds.
-LIMIT = 30
+LIMIT = 120
 
 
 class Trial(NamedTuple):
@@ -206,6 +206,7 @@ def _outcome(trial: Trial, only_checked: bool = False) -> tuple[str, str]:
         bindings.check_required()
         if only_checked:
             return "ok", ""
+        runtime.start()  # Which keeps what is compiled for the other trials.
         experiment = main.experiment()
         object.__setattr__(experiment, "num_rounds", min(experiment.num_rounds, 2))
         experiment.run(overrides=trial.params[len(SMALL) :])

@@ -124,6 +124,11 @@ def prepare_workdir(
             )
         if write or is_remote:  # Only writing tells whether a bucket can be written to.
             paths.write(record, as_text())
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{record} is no text, so nobody can tell whose run this is; put back the gin file that it was, "
+            "or choose another --workdir"
+        ) from error
     except OSError as error:
         raise UserError(f"cannot write to --workdir={path}: {error.strerror}") from error
 

@@ -168,3 +168,10 @@ def test_an_override_that_is_read_is_accepted():
     overrides = ["client/sgd.learning_rate = %rate", "train.num_rounds = 1", "rate = 0.01"]
     config.load([LINEAR], overrides)
     assert Experiment(observers=()).run(overrides=overrides).rounds == 1
+
+
+def test_a_workdirs_config_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / config.OPERATIVE).write_text("")
+    (tmp_path / "config.gin").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=f"{tmp_path}/config.gin is no text"):
+        config.prepare_workdir(tmp_path)

@@ -783,7 +783,7 @@ def run(args: argparse.Namespace) -> None:
             for example in examples if outcome in BAD else []:
                 last = example["message"].strip().splitlines()[-1:]
                 print(f"  {outcome}, number {example['number']}: {' '.join(last)}", flush=True)
+        # After every reader, as an interrupted run counts too.
+        content = {"machine": about, "seed": args.seed, "readers": report}
+        args.output.write_text(json.dumps(content, indent=1) + "\n")
     print(table(report))
-    args.output.write_text(
-        json.dumps({"machine": about, "seed": args.seed, "readers": report}, indent=1) + "\n"
-    )

@@ -188,6 +188,11 @@ def _groups(
                 f"{path}: client {client_id!r} has no feature list {_GROUPED!r}; name the feature "
                 "client_id if a record is an example"
             )
+        if any(len(feature.bytes_list.value) != 1 for feature in inner):
+            raise UserError(
+                f"{path}: client {client_id!r} has other than one string an example in its feature list "
+                f"{_GROUPED!r}; get the file again"
+            )
         yield path, [client_id] * len(inner), [f.bytes_list.value[0] for f in inner]
 
 

@@ -231,6 +231,18 @@ def test_files_that_are_not_there_or_damaged(tmp_path):
             tfrecord(str(tmp_path / name), path, WANTED)
 
 
+@pytest.mark.parametrize("strings", [[], [b"", b""]])
+def test_a_group_of_something_else_names_the_client(tmp_path, strings):
+    import tensorflow as tf
+
+    sequence = tf.train.SequenceExample()
+    feature = sequence.feature_lists.feature_list["serialized_bytes"].feature.add()
+    feature.bytes_list.value.extend(strings)
+    path = _write(tmp_path / "s", [sequence.SerializeToString()])
+    with pytest.raises(UserError, match=r"/s: client 's:00000000' has other than one string"):
+        tfrecord(path, path, {"v": ("v", (), "uint8")}, client_id=None)
+
+
 @pytest.mark.parametrize("rest", [1, 11, 12, 20])
 def test_a_file_that_ends_within_a_record(tmp_path, rest):
     """TensorFlow itself takes the first two for the end of the file."""

@@ -188,7 +188,8 @@ class Runner:
           frozen: the server state's attribute `frozen`, or None.
           header: (2,) int32, the round's number and the cohort's size.
           root: key data of the run's key.
-          by_device: see `PreparedRound`, and so examples.
+          by_device: see `PreparedRound`.
+          examples: likewise.
           client_states: (D, S, ...) of the cohort's slots, or None.
           notes: (D,) int32; None for a single process.
 

@@ -318,19 +318,16 @@ def write_sparse(folder: Path, clients: int, examples: int) -> None:
     """Writes a packed folder of so many clients; its pixels and labels are a hole, and read as zeros."""
     import numpy as np
 
+    from fedexp.data import packed
+
     rows = clients * examples
     folder.mkdir(parents=True)
-    np.save(folder / "offsets.npy", np.arange(0, rows + 1, examples))
-    np.save(folder / "client_ids.npy", client_ids(clients))
     for index, (shape, dtype) in enumerate((((rows, SIDE, SIDE), "|u1"), ((rows,), "<i4"))):
         with (folder / f"feature_{index}.npy").open("wb") as file:
             header = {"descr": dtype, "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             file.truncate(file.tell() + np.prod(shape) * np.dtype(dtype).itemsize)
-    # No checksums of what is not there: opening compares sizes.
-    files = {path.name: {"bytes": path.stat().st_size} for path in folder.glob("*.npy")}
-    index = {"format": 2, "features": ["x", "y"], "files": files}
-    (folder / "index.json").write_text(json.dumps(index))
+    packed.seal(folder, ["x", "y"], np.arange(0, rows + 1, examples), client_ids(clients))
 
 
 def resident_bytes() -> int:

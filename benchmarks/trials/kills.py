@@ -238,7 +238,7 @@ def _shown(workdir: Path) -> dict[tuple[str, str], list[tuple[int, bytes]]]:
         accumulator = EventAccumulator(str(folder), size_guidance={"tensors": 0})
         accumulator.Reload()
         for tag in accumulator.Tags()["tensors"]:
-            if not tag.startswith(("perf/", "config/")):
+            if not tag.startswith(("training/perf/", "config/")):
                 events = accumulator.Tensors(tag)
                 values = [(event.step, event.tensor_proto.SerializeToString()) for event in events]
                 shown[str(folder.relative_to(workdir)), tag] = values

@@ -90,7 +90,8 @@ def cases(specs: list[str]) -> list[tuple[str, str]]:
     return [
         (spec, algorithm)
         for spec in specs
-        for algorithm in (ALGORITHMS if spec in strategies.WIDE else strategies.EVERYWHERE)
+        for algorithm in ALGORITHMS
+        if strategies.runs(algorithm, spec)
     ]
 
 

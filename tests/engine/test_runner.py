@@ -30,7 +30,7 @@ def bind(batching: ClientBatching) -> tuple[Engine, Any]:
 def test_two_rounds_are_under_way_at_most():
     """Of many, virtual CPU devices that wait for each other would starve each other of threads."""
     # Dispatched in much less time than run.
-    engine, state = bind(ClientBatching(4, local_steps=20_000))
+    engine, state = bind(ClientBatching(4, local_steps=200_000))
     prepared = engine.prepare(0, np.arange(2))
     program, metrics, under_way = engine.runner._program, [], []
 

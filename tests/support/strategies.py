@@ -49,6 +49,11 @@ ROUNDS, COHORT = 4, 5
 EVERYWHERE = ("fedprox", "scaffold1", "scaffold2")
 # Compiling takes its time: the other algorithms run under these alone.
 WIDE = ("debug:1:1", "jit:1:3", "pmap:2:3", "mesh:2:3", "mesh:4:3")
+# Made of the same pieces as others.
+NARROW = {
+    name: ("debug:1:1", "jit:1:3", "mesh:2:3")
+    for name in ("fednova", "feddyn", "q_fedavg", "ditto", "hypcluster")
+}
 
 
 def algorithms(task):
@@ -71,6 +76,11 @@ def algorithms(task):
         "ditto": ditto(task, 0.1, sgd, server),
         "hypcluster": hypcluster(task, 2, sgd, optax.adam(0.1)),
     }
+
+
+def runs(algorithm: str, spec: str) -> bool:
+    """Whether an algorithm is run under a strategy."""
+    return algorithm in EVERYWHERE or spec in NARROW.get(algorithm, WIDE)
 
 
 def strategy(name: str, devices: int, lanes: int, streamed: bool):
@@ -131,7 +141,7 @@ def main(output: str, *specs: str) -> None:
         name, devices, lanes = spec.split(":")
         chosen = strategy(name, int(devices), int(lanes), streamed=int(lanes) == 3)
         for algorithm_name, algorithm in algorithms(task).items():
-            if spec not in WIDE and algorithm_name not in EVERYWHERE:
+            if not runs(algorithm_name, spec):
                 continue
             for key, value in run(task, algorithm, chosen, spec in WIDE).items():
                 results[f"{spec} {algorithm_name} {key}"] = value

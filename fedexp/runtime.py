@@ -8,12 +8,14 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NoReturn
 
 import gin
 import jax
+from jax._src import distributed
 
 from fedexp import cache
 from fedexp.errors import UserError
@@ -23,6 +25,8 @@ _MAX_CACHE_BYTES = 1 << 30
 _MOST_CORES = 8
 # sysexits.h's EX_TEMPFAIL: nothing is wrong with the input, trying again may succeed.
 EXIT_LOST = 75
+_lost_after = 30
+_BEATS = 10  # In that time.
 # What Gloo, NCCL and JAX's coordination service say of a connection that has ended.
 _SIGNS_OF_A_LOST_PROCESS = (
     "Gloo",
@@ -81,10 +85,13 @@ def start(
         return
     # JAX aborts when it loses a process; its message should not drown in our stacks.
     faulthandler.disable()
+    global _lost_after
+    _lost_after = lost_after_seconds
     try:
         jax.distributed.initialize(
             **arguments,
-            heartbeat_timeout_seconds=lost_after_seconds,
+            # JAX counts from the last heartbeat, one in half of the time; our one line should come first.
+            heartbeat_timeout_seconds=3 * lost_after_seconds,
             initialization_timeout=join_seconds,
         )
     except (RuntimeError, ValueError, TypeError) as error:
@@ -121,21 +128,82 @@ def leaving_a_broken_group(way_on: Callable[[], str]) -> Iterator[None]:
     Args:
       way_on: how the run can go on.
     """
+    if jax.process_count() == 1:
+        yield
+        return
+    over = threading.Event()
+    if distributed.global_state.client is not None:
+        threading.Thread(target=_watch_others, args=(over, way_on), daemon=True).start()
     try:
         yield
     except Exception as error:
-        if jax.process_count() == 1:
-            raise
         if is_about_others(error):
-            exit_process(
-                f"error: another process is lost ({_first_line(error)}); on as many processes as "
-                f"there are now, {way_on()}",
-                EXIT_LOST,
-            )
+            _leave_the_others(f"is lost ({_first_line(error)})", way_on)
         if isinstance(error, UserError):  # Met by all processes in the same round.
             raise
         traceback.print_exc()
         exit_process("error: this process cannot go on", 1)
+    finally:
+        over.set()
+
+
+def _leave_the_others(what: str, way_on: Callable[[], str]) -> NoReturn:
+    message = f"error: another process {what}; on as many processes as there are now, {way_on()}"
+    exit_process(message, EXIT_LOST)
+
+
+class _Beats:
+    """Tells the other processes that this one is alive, and counts for how long they have told nothing.
+
+    JAX does so as well, but aborts: the callback that it has for that raises std::bad_cast (0.10.2).
+
+    Attributes:
+      count: exchanges so far.
+      silent: process -> exchanges since it was last heard of; those never heard of are not in it.
+    """
+
+    def __init__(self) -> None:
+        # There is no public way to the store that the processes share.
+        state = distributed.global_state
+        self._client: Any = state.client
+        self._me = state.process_id
+        self._others = [one for one in range(state.num_processes or 1) if one != self._me]
+        self._heard: dict[int, str] = {}
+        self.count = 0
+        self.silent: dict[int, int] = {}
+
+    def exchange(self) -> None:
+        """Writes, and reads what the others have written; does not return while their store is silent."""
+        self._client.key_value_set(f"fedexp/{self._me}", str(self.count), allow_overwrite=True)
+        for other in self._others:
+            try:
+                heard = self._client.key_value_try_get(f"fedexp/{other}")
+            except jax.errors.JaxRuntimeError:  # It has not written yet.
+                continue
+            same = self._heard.get(other) == heard
+            self.silent[other] = self.silent.get(other, 0) + 1 if same else 0
+            self._heard[other] = heard
+        self.count += 1
+
+
+def _watch_others(over: threading.Event, way_on: Callable[[], str]) -> None:
+    """Ends this process when another one, or the one that keeps the store, has been silent for too long.
+
+    It counts its own pauses, not seconds: a process that was stopped itself should blame nobody.
+    """
+    beats, pause = _Beats(), _lost_after / _BEATS
+
+    def beat() -> None:  # Until the process ends: others may be busy for longer.
+        while True:
+            beats.exchange()
+            time.sleep(pause)
+
+    threading.Thread(target=beat, daemon=True).start()
+    before = still = 0
+    while not over.wait(pause):
+        before, still = beats.count, still + 1 if beats.count == before else 0
+        if max([still, *beats.silent.values()]) > _BEATS:
+            _leave_the_others(f"has been silent for {_lost_after} s", way_on)
 
 
 def is_about_others(error: BaseException | None) -> bool:
@@ -163,15 +231,19 @@ def stop_signals(say: Callable[[str], None]) -> Iterator[Callable[[], int | None
     def note(number: int, frame: Any) -> None:
         del frame
         received.append(number)
-        # Both unwind the stack, so that everything is flushed on the way out.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, leave)
+        for again in before:
+            signal.signal(again, leave)
         say(f"{signal.Signals(number).name}: stopping after this round")
 
     def leave(number: int, frame: Any) -> None:
-        del frame
-        signal.signal(number, signal.SIG_DFL)
-        sys.exit(128 + number)
+        """Unwinds the stack, so that everything is flushed on the way out."""
+        if frame.f_code.co_name == "_xla_gc_callback":  # JAX's, in which what is raised is lost.
+            threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+        else:
+            signal.signal(number, signal.SIG_DFL)
+            sys.exit(128 + number)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in before:

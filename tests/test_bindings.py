@@ -60,6 +60,7 @@ def refusal(*params: str, files: tuple[str, ...] = (LINEAR,)) -> str:
         ("train.sampler = @uniform", "must be Sampler; write @uniform()"),
         ("train.algorithm = 'fedavg'", "write @fedavg"),
         ("train.algorithm = @fedavg()", "needs task; write @fedavg"),
+        ("train.algorithm = @nadam", "must be Algorithm or a function, such as @agnostic"),
         ("train.algorithm = @sgd", "must be Algorithm or a function, such as @agnostic"),
         ("train.evaluations = '[@evaluate()]'", "must be a list of Evaluate"),
         ("train.evaluations = @evaluate()", r"must be a list of Evaluate; write [@evaluate()]"),

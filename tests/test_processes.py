@@ -154,6 +154,22 @@ def test_a_lost_process_ends_the_run_and_one_process_finishes_it(tmp_path, victi
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_falls_silent_ends_the_other_in_one_line(tmp_path, victim):
+    """Before JAX takes it for lost, which ends in an abort."""
+    running = start(tmp_path, "train.num_rounds = 100000", "CheckpointPlan.every = 50")
+    wait_for_checkpoint(running, tmp_path, 50)
+    os.kill(running[victim].pid, signal.SIGSTOP)
+    other = running[1 - victim]
+    _, errors = other.communicate(timeout=40)
+    os.kill(running[victim].pid, signal.SIGKILL)
+    finish(running)
+    assert other.returncode == 75, errors
+    assert "error: another process has been silent for 10 s; on as many processes" in errors
+    assert "Check failure" not in errors and "Traceback" not in errors
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 50])
 def test_a_signal_to_one_process_stops_both_after_the_same_round(tmp_path, every):
     params = ("train.num_rounds = 100000", "evaluate.every = 0", f"CheckpointPlan.every = {every}")

@@ -43,20 +43,23 @@ def _scoped(name: str) -> str:
     return "/".join([*gin.current_scope(), name])
 
 
-def _checked(optimizer: Callable[..., optax.GradientTransformation]):
+def _checked(optimizer: Callable[..., optax.GradientTransformation], name: str | None = None):
     """Refuses hyperparameters that are out of range, as a negative learning rate."""
+    name = name or optimizer.__name__
+    if isinstance(optimizer, functools.partial):  # As Optax's nadam, without annotations.
+        optimizer = functools.update_wrapper(functools.partial(optimizer), optimizer.func)
     names = list(inspect.signature(optimizer).parameters)
 
     @functools.wraps(optimizer)
     def build(learning_rate: ScalarOrSchedule = gin.REQUIRED, *args, **kwargs):
         given = {"learning_rate": learning_rate, **dict(zip(names[1:], args, strict=False))}
-        for name, value in {**given, **kwargs}.items():
-            if value is None or callable(value) or name not in (*_DECAYS, *_OTHERS):
+        for parameter, value in {**given, **kwargs}.items():
+            if value is None or callable(value) or parameter not in (*_DECAYS, *_OTHERS):
                 continue
-            full = f"{_scoped(optimizer.__name__)}.{name}"
-            why = "; gradients are already descended" if name == "learning_rate" else ""
+            full = f"{_scoped(name)}.{parameter}"
+            why = "; gradients are already descended" if parameter == "learning_rate" else ""
             check(value >= 0, f"{full} must not be negative, got {value}{why}")
-            limit, wanted = (1, "below 1") if name in _DECAYS else (math.inf, "finite")
+            limit, wanted = (1, "below 1") if parameter in _DECAYS else (math.inf, "finite")
             check(value < limit, f"{full} must be {wanted}, got {value}")
         return optimizer(learning_rate, *args, **kwargs)
 
@@ -187,6 +190,6 @@ def yogi(
 
 
 for _name in _OPTAX_OPTIMIZERS:
-    gin.external_configurable(_checked(getattr(optax, _name)), name=_name, module="optax")
+    gin.external_configurable(_checked(getattr(optax, _name), _name), name=_name, module="optax")
 for _name in _OPTAX_SCHEDULES:
     gin.external_configurable(_checked_schedule(getattr(optax, _name)), name=_name, module="optax")

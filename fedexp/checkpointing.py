@@ -152,6 +152,14 @@ class Saver:
         """The round of the latest checkpoint, perhaps under way; None if there is none."""
         return self._saved
 
+    def way_on(self) -> str:
+        """How a run that ends here can go on."""
+        if self._checkpointer is None:
+            return "the same command starts afresh, for nothing is kept without a workdir"
+        if self._saved is None:
+            return "the same command starts afresh, for there is no checkpoint yet"
+        return "the same command goes on from the latest checkpoint"
+
     def save(self, saved: Saved, measured: float | None = None) -> None:
         """Saves; of a round that was saved before its evaluations, only what they have found.
 

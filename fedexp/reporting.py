@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
 import json
 import os
 import time
@@ -39,6 +41,29 @@ class RoundReport(NamedTuple):
     arrays: dict[str, np.ndarray]
     per_client: dict[str, np.ndarray]
     perf: dict[str, float]
+
+    def saved(self) -> dict[str, Any]:
+        """What JSON can hold of it, bit for bit."""
+        arrays = {name: _as_text(getattr(self, name)) for name in ("arrays", "per_client")}
+        return {**self._asdict(), **arrays}
+
+    @classmethod
+    def restored(cls, saved: Mapping[str, Any]) -> RoundReport:
+        """The report that has been `saved`."""
+        arrays = {name: _as_arrays(saved[name]) for name in ("arrays", "per_client")}
+        return cls(**{**saved, **arrays})
+
+
+def _as_text(arrays: dict[str, np.ndarray]) -> str:
+    file = io.BytesIO()
+    np.savez(file, *arrays.values())
+    return json.dumps([list(arrays), base64.b64encode(file.getvalue()).decode()])
+
+
+def _as_arrays(text: str) -> dict[str, np.ndarray]:
+    names, encoded = json.loads(text)
+    arrays = np.load(io.BytesIO(base64.b64decode(encoded)), allow_pickle=False)
+    return {name: arrays[f"arr_{i}"] for i, name in enumerate(names)}
 
 
 class EvaluationReport(NamedTuple):
@@ -317,20 +342,20 @@ class Reports:
         for observer in self._observers:
             observer.say(message)
 
-    @property
-    def last(self) -> RoundReport | None:
-        """The report of the last round that has been caught up with."""
-        return self._last
+    def last_saved(self) -> dict[str, Any]:
+        """The report of the last round that has been caught up with, for a checkpoint."""
+        assert self._last is not None
+        return self._last.saved()
 
     def expect(self, round_: Round) -> None:
         """Notes a round that is on its way."""
         self._expected = round_
 
-    def tell_again(self, report: RoundReport) -> None:
+    def tell_again(self, saved: Mapping[str, Any]) -> None:
         """Tells of a round that was done before, but not evaluated."""
-        self._last = report
+        self._last = RoundReport.restored(saved)
         for observer in self._observers:
-            observer.round(report)
+            observer.round(self._last)
 
     def catch_up(self) -> None:
         """Waits for the round on its way, if there is one, and reports it.

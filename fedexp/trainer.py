@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import dataclasses
-import io
 import itertools
-import json
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import gin
 import jax
-import numpy as np
 
 from fedexp import algorithms, cache, config, models, paths, profiling, runtime  # noqa: F401  For Gin's names.
 from fedexp.checkpointing import CheckpointPlan, Saved, Saver, import_ahead
 from fedexp.errors import UserError
 from fedexp.evaluation import Evaluation
-from fedexp.reporting import Observer, Progress, Reports, RoundReport, TensorBoard
+from fedexp.reporting import Observer, Progress, Reports, TensorBoard
 from fedexp.session import Round, Session, Setup, row
 
 PyTree = Any
@@ -124,13 +120,13 @@ class Experiment(Setup):
             reports = Reports(session, self.observers, workdir, told, lambda: saver.latest)
             stack.enter_context(reports)
             stop = stack.enter_context(runtime.stop_signals(reports.say))
-            stack.enter_context(runtime.leaving_a_broken_group(lambda: _way_on(workdir, saver)))
+            stack.enter_context(runtime.leaving_a_broken_group(saver.way_on))
             rounds = session.rounds(
                 round_, lambda: stop() or 0, self._recorder(reports, workdir, start.done)
             )
             stack.enter_context(contextlib.closing(rounds))
             if start.report is not None:
-                reports.tell_again(_report(start.report))
+                reports.tell_again(start.report)
             again = [] if start.report is None else [round_]
             stopped_by = None
             for round_ in itertools.chain(again, rounds):
@@ -145,7 +141,7 @@ class Experiment(Setup):
                 if save and which:  # Evaluations may take long, and fail.
                     reports.catch_up()
                     reports.before_checkpoint(round_)
-                    saver.save(Saved(done, round_.state, history, best, _saved(reports.last)))
+                    saver.save(Saved(done, round_.state, history, best, reports.last_saved()))
                 if which:
                     reports.catch_up()
                     results, measured = self._measure(session, round_, which, last, plan)
@@ -201,37 +197,3 @@ class Experiment(Setup):
             if isinstance(evaluation.clients, int) and evaluation.name == group:
                 values |= row(session.evaluate(round_, [i], full=False))
         return results, values.get(str(plan.best_metric))
-
-
-def _way_on(workdir: str | os.PathLike | None, saver: Saver) -> str:
-    """How a run that loses a process can go on."""
-    if workdir is None:
-        return "the same command starts afresh, for nothing is kept without a workdir"
-    if saver.latest is None:
-        return "the same command starts afresh, for there is no checkpoint yet"
-    return "the same command goes on from the latest checkpoint"
-
-
-def _saved(report: RoundReport | None) -> dict[str, Any]:
-    """A round's report as JSON can hold it, bit for bit."""
-    assert report is not None  # A round that is saved has been caught up with.
-    arrays = {name: _as_text(getattr(report, name)) for name in ("arrays", "per_client")}
-    return {**report._asdict(), **arrays}
-
-
-def _report(saved: dict[str, Any]) -> RoundReport:
-    """The inverse of `_saved`."""
-    arrays = {name: _as_arrays(saved[name]) for name in ("arrays", "per_client")}
-    return RoundReport(**{**saved, **arrays})
-
-
-def _as_text(arrays: dict[str, np.ndarray]) -> str:
-    file = io.BytesIO()
-    np.savez(file, *arrays.values())
-    return json.dumps([list(arrays), base64.b64encode(file.getvalue()).decode()])
-
-
-def _as_arrays(text: str) -> dict[str, np.ndarray]:
-    names, encoded = json.loads(text)
-    arrays = np.load(io.BytesIO(base64.b64decode(encoded)), allow_pickle=False)
-    return {name: arrays[f"arr_{i}"] for i, name in enumerate(names)}

@@ -141,7 +141,7 @@ def test_a_lost_process_ends_the_run_and_one_process_finishes_it(tmp_path, victi
     os.kill(running[victim].pid, signal.SIGKILL)
     (code, errors) = finish(running, timeout=40)[1 - victim]
     assert code in (75, -signal.SIGABRT), errors  # Ours, or the abort of JAX's own runtime.
-    assert "another process is lost" in errors or "another task died" in errors
+    assert "error: another process" in errors or "another task died" in errors
     assert not (tmp_path / "lost" / "final.json").exists()
 
     # Once more on two processes, stopped again, and then to the end on one.

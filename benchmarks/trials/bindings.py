@@ -19,16 +19,16 @@ import signal
 import time
 import traceback
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import gin
 from gin import config as gin_config
 
+from benchmarks.trials import RESULTS, save
 from fedexp import bindings, config, main, runtime, trainer  # noqa: F401  Registers what the files name.
 from fedexp.errors import UserError
 
-RESULTS = Path(__file__).parent.parent / "results" / "trials_bindings.json"
+OUTPUT = RESULTS / "trials_bindings.json"
 # What makes a trial short; mutations come after it, and win.
 SMALL = (
     "train.dataset = @glyphs()",
@@ -248,4 +248,4 @@ def run(args: argparse.Namespace) -> None:
         "seconds": round(time.monotonic() - begin),
         "bad": bad,
     }
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    save(OUTPUT, result)

@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import machine
+from benchmarks.trials import RESULTS, save
 from fedexp import paths
 from fedexp.data import (
     FederatedDataset,
@@ -57,7 +58,6 @@ from fedexp.data.features import Feature
 from fedexp.data.vocabulary import read_tag_counts, read_word_counts
 from fedexp.errors import UserError
 
-RESULTS = Path(__file__).parent.parent / "results" / "trials_files.json"
 LIMIT_S = 20.0
 MEMORY = 12 << 30
 SAME, DIFFERS, WRONG = "as before", "differs", "wrong despite checksums"
@@ -764,7 +764,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", default=",".join(KINDS), help="of " + ", ".join(KINDS))
     parser.add_argument("--first", type=int, default=0, help="number of the first mutation")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=RESULTS / "trials_files.json")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -785,5 +785,5 @@ def run(args: argparse.Namespace) -> None:
                 print(f"  {outcome}, number {example['number']}: {' '.join(last)}", flush=True)
         # After every reader, as an interrupted run counts too.
         content = {"machine": about, "seed": args.seed, "readers": report}
-        args.output.write_text(json.dumps(content, indent=1) + "\n")
+        save(args.output, content)
     print(table(report))

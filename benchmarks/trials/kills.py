@@ -31,8 +31,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import machine
+from benchmarks.trials import RESULTS, save
 
-RESULTS = Path(__file__).parent.parent / "results" / "trials_kills.json"
 _FLAGS = (
     "--gin_file=tests/support/linear.gin",
     "--gin_param=train.algorithm = @scaffold",
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--most-seconds", type=float, default=1.5, help="from start to interruption"
     )
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=RESULTS / "trials_kills.json")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -272,4 +272,4 @@ def _tell(
         "outcomes": dict(outcomes),
         "failures": failures,
     }
-    args.output.write_text(json.dumps(results, indent=2) + "\n")
+    save(args.output, results)

@@ -1,11 +1,15 @@
 """A sample of the trials of damaged files; `python -m benchmarks.trials files` does 20,000."""
 
 import collections
+import json
 import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks import trials
 from benchmarks.trials import files
 
 # The others need TensorFlow, or a process of their own.
@@ -74,3 +78,12 @@ def test_a_crash_a_hang_and_silence_are_told_apart(read, outcome, monkeypatch):
     monkeypatch.setattr(files, "LIMIT_S", 0.5)
     found = files.trials(files.Kind("text", _write, read, checksummed=True), 2, seed=0)
     assert found["outcomes"][outcome] == 2
+
+
+def test_outcomes_name_no_folder_of_the_machine(tmp_path):
+    here, installed = Path(trials.__file__), Path(sys.prefix) / "lib" / "jax.py"
+    said = f'File "{here}", line 1; File "{installed}"; {tmp_path}/run1 ended'
+    trials.save(tmp_path / "out.json", {"said": said})
+    text = json.loads((tmp_path / "out.json").read_text())["said"]
+    assert 'File "benchmarks/trials/__init__.py", line 1' in text and "lib/jax.py" in text
+    assert not any(str(folder) in text for folder in (here.parents[2], sys.prefix, tmp_path))

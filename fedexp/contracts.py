@@ -77,6 +77,11 @@ class Cohort:
     expected_size: float = dataclasses.field(metadata={"static": True})
     population: int = dataclasses.field(metadata={"static": True})
 
+    def with_inputs(self, **inputs: jax.Array) -> Cohort:
+        """The same cohort, whose clients find these (C, ...) arrays among their inputs, too."""
+        inputs = {**self.clients.inputs, **inputs}
+        return dataclasses.replace(self, clients=dataclasses.replace(self.clients, inputs=inputs))
+
 
 # --- What one client does -----------------------------------------------------------------------
 

@@ -129,10 +129,7 @@ def agnostic(
 
     def round_(state, cohort, for_each_client):
         (losses, examples), of_each = for_each_client(measuring, state, cohort, "full")
-        inputs = {**cohort.clients.inputs, "examples": of_each}
-        cohort = dataclasses.replace(
-            cohort, clients=dataclasses.replace(cohort.clients, inputs=inputs)
-        )
+        cohort = cohort.with_inputs(examples=of_each)
         alpha = state.domain_weights / jnp.maximum(state.counts.mean(axis=0), 1e-12)
         shared = Shared(state.params, extra=alpha)
         sent = aggregate(for_each_client, aggregator, state.aggregator, work, shared, cohort)

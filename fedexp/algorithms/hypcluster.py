@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import gin
@@ -94,14 +93,12 @@ def hypcluster(
 
     def round_(state, cohort, for_each_client):
         _, losses = for_each_client(_losses(task, num_clusters), state, cohort, "full")
-        inputs = {**cohort.clients.inputs, "cluster": jnp.argmin(losses, axis=1).astype(jnp.int32)}
-        cohort = dataclasses.replace(
-            cohort, clients=dataclasses.replace(cohort.clients, inputs=inputs)
-        )
+        choices = jnp.argmin(losses, axis=1).astype(jnp.int32)
+        cohort = cohort.with_inputs(cluster=choices)
         shared = Shared(state.models)
         sent = aggregate(for_each_client, aggregator, state.aggregator, work, shared, cohort)
         examples = jnp.where(cohort.real, cohort.clients.num_examples, 0)
-        members = jnp.where(numbers[:, None] == inputs["cluster"], examples, 0).sum(axis=1)
+        members = jnp.where(numbers[:, None] == choices, examples, 0).sum(axis=1)
         shares = members / jnp.maximum(examples.sum(), 1)
         models, opt_states = jax.vmap(step)(state.models, state.opt_states, sent.update, shares)
         metrics, per_client = round_metrics(task, sent)

@@ -57,9 +57,7 @@ def q_fedavg(
 
     def round_(state, cohort, for_each_client):
         _, losses = for_each_client(full_loss(task), state, cohort, "full")
-        inputs = {**cohort.clients.inputs, "loss": losses}
-        clients = dataclasses.replace(cohort.clients, inputs=inputs)
-        return algorithm.round(state, dataclasses.replace(cohort, clients=clients), for_each_client)
+        return algorithm.round(state, cohort.with_inputs(loss=losses), for_each_client)
 
     passes = {"full": full_pass(full_batch_size)}
     return dataclasses.replace(algorithm, round=round_, passes=passes)

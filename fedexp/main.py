@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from absl import app, flags
+from absl import logging as absl_logging
 
 if TYPE_CHECKING:
     from fedexp import trainer
@@ -65,6 +66,8 @@ def main(argv: Sequence[str]) -> int:
             error.add_note(called)
         raise
     if runtime.is_first():
+        for line in bindings.had_no_effect():
+            absl_logging.warning("gin: %s", line)
         progress.print_table(result.history)
         if _WORKDIR.value and paths.is_remote(_WORKDIR.value):
             print(f"results are in {_WORKDIR.value}")

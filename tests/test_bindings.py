@@ -68,6 +68,7 @@ def refusal(*params: str, files: tuple[str, ...] = (LINEAR,)) -> str:
         ("fedavg.server_optimizer = @server/adam", "write @server/adam()"),
         ("fedavg.weigh_by = 'token'", "'examples' or 'tokens' or 'uniform'"),
         ("client/sgd.learning_rate = '0.1'", "must be float or a function; write 0.1"),
+        ("classification.preprocess = @EmnistLogistic()", "must be a function or None"),
         ("client/sgd.nesterov = 'False'", "must be True or False; write False"),
         ("train.task = @linear_splits()", "must be Task, such as"),
         ("train.dataset = None", "must be FederatedSplits"),
@@ -124,6 +125,15 @@ def test_a_file_is_held_to_it_too_and_is_named_with_the_line(tmp_path):
     gin.clear_config()
     file.write_text(f"include '{LINEAR}'\nsgd.momentum = 0.5\nclient/sgd.momentum = 0.9\n")
     assert "sgd.momentum = 0.5 (mine.gin, line 2) has no effect" in refusal(files=(str(file),))
+
+
+def test_what_only_a_users_code_might_have_called_is_told_at_the_end(tmp_path):
+    file = tmp_path / "mine.gin"
+    file.write_text(f"include '{LINEAR}'\nown_algorithm.rate = 0.3\n")
+    config.load([str(file)], ["train.num_rounds = 1", "train.observers = []"])
+    experiment().run()
+    (line,) = bindings.had_no_effect()
+    assert "own_algorithm.rate = 0.3 (mine.gin, line 2) had no effect" in line
 
 
 def test_what_an_including_file_replaces_is_no_mistake(tmp_path):

@@ -1,0 +1,74 @@
+"""What configurables take and give, as far as their annotations tell."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gin import config as gin_config
+
+from fedexp.bindings.statements import Key, Reference
+
+
+def parameters_of(selector: str) -> Mapping[str, inspect.Parameter]:
+    """Name -> parameter of a configurable; none where Python cannot tell."""
+    return signature_of(gin_config._REGISTRY[selector].wrapped)
+
+
+@functools.cache
+def signature_of(made: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """Name -> parameter of a function or class; none where Python cannot tell."""
+    try:
+        return inspect.signature(made).parameters
+    except (TypeError, ValueError):
+        return {}
+
+
+@functools.cache
+def annotations_of(made: Callable[..., Any]) -> dict[str, Any]:
+    """Those that can be looked up, one by one: a name that exists for type checkers only hides no other."""
+    if inspect.isclass(made) and dataclasses.is_dataclass(made):
+        sources = [
+            (vars(kind).get("__annotations__", {}), vars(sys.modules[kind.__module__]))
+            for kind in reversed(inspect.getmro(made))
+        ]
+    else:
+        function = inspect.unwrap(made.__init__ if inspect.isclass(made) else made)
+        annotations = getattr(function, "__annotations__", {})
+        sources = [(annotations, getattr(function, "__globals__", {}))]
+    found = {}
+    for annotations, names in sources:
+        for name, annotation in annotations.items():
+            one = types.SimpleNamespace(__annotations__={name: annotation})
+            with contextlib.suppress(Exception):
+                found[name] = typing.get_type_hints(one, dict(names))[name]
+    return found
+
+
+def hint_of(key: Key) -> Any:
+    """The annotation of what a binding is bound to; `Any` if it has none that can be looked up."""
+    _, selector, parameter = key
+    if selector.startswith("gin."):
+        return Any
+    hint = annotations_of(gin_config._REGISTRY[selector].wrapped).get(parameter, Any)
+    known = parameters_of(selector).get(parameter)
+    return hint | None if known is not None and known.default is None and hint is not Any else hint
+
+
+def returned_by(reference: Reference) -> Any:
+    """What calling a reference is annotated to give."""
+    made = reference.configurable.wrapped
+    return made if inspect.isclass(made) else annotations_of(made).get("return", Any)
+
+
+def given_by(made: Callable[..., Any]) -> tuple[Any, ...]:
+    """The classes that what a function or class makes is of; none if it does not say."""
+    returned = made if inspect.isclass(made) else annotations_of(made).get("return")
+    return getattr(returned, "__mro__", ())

@@ -32,7 +32,7 @@ setup(
     package_data={"fedexp.gin_configs": ["*.gin", "*/*.gin"]},
     install_requires=[
         "absl-py",
-        "filelock",
+        "filelock>=4",
         "flax>=0.12",
         "fsspec",
         "gin-config>=0.5",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,51 +79,3 @@ def scratch(parent: Path, prefix: str) -> Iterator[Path]:
 
 def _held(folder: Path) -> filelock.BaseFileLock:
     return filelock.FileLock(folder / ".lock", blocking=False)
-
-
-@contextlib.contextmanager
-def sole_use(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Holds a folder of this machine against other processes, without waiting for them.
-
-    A process may hold it several times over. The kernel, or a shared file system's server, frees the lock of
-    a dead process or host. Where the file system knows no locks, a file stands for one: that of a
-    dead process of this host is taken over, and that of another host has to be deleted by hand.
-
-    Raises:
-      UserError: another process holds it.
-    """
-    path = os.path.join(folder, ".lock")
-    with contextlib.ExitStack() as stack:
-        for kind in (filelock.FileLock, filelock.SoftFileLock):
-            own = path if kind is filelock.FileLock else f"{path}.owner"
-            held = kind(own, is_singleton=True)
-            try:
-                held.acquire(timeout=0)
-            except filelock.Timeout as error:
-                raise UserError(
-                    f"another run is under way in {folder}{_holder(own)}; wait for its end, or choose "
-                    f"another folder. If its machine is gone for good, delete {own}"
-                ) from error
-            except (OSError, NotImplementedError):
-                continue
-            stack.callback(held.release)
-            if kind is filelock.FileLock:
-                _write_holder(own)
-            break
-        else:
-            logging.warning("cannot lock %s: start no other run there", folder)
-        yield
-
-
-def _write_holder(path: str) -> None:
-    """Says in a lock file who holds it, as filelock does where a file is all there is to a lock."""
-    with contextlib.suppress(OSError):
-        Path(path).write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
-
-
-def _holder(path: str) -> str:
-    try:
-        pid, host, *_ = Path(path).read_text().splitlines()
-    except (OSError, ValueError):  # Not written yet, or by an older version.
-        return ""
-    return f", by process {pid} on {host}"

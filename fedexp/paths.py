@@ -58,6 +58,35 @@ def write(path: PathLike, content: str | bytes) -> None:
     replace(partial, target)
 
 
+def create(path: PathLike, content: str) -> bool:
+    """Writes a file unless there is one; returns whether there was none."""
+    data = content.encode("utf-8")
+    try:
+        if not is_remote(path):
+            with open(path, "xb") as file:
+                file.write(data)
+            return True
+        with _store(path) as (store, inside):
+            if store.exists(inside):  # For stores that take no conditions.
+                return False
+            with contextlib.suppress(FileExistsError):
+                store.pipe_file(inside, data, mode="create")
+                return True
+    except FileExistsError:
+        pass
+    return False
+
+
+def delete(path: PathLike) -> None:
+    """Deletes a file, if there is one."""
+    with contextlib.suppress(FileNotFoundError):
+        if not is_remote(path):
+            os.remove(path)
+            return
+        with _store(path) as (store, inside):
+            store.rm_file(inside)
+
+
 def replace(source: Path, target: Path) -> None:
     """Renames a file or folder of this machine into place, for good.
 

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import gin
 import jax
 
-from fedexp import algorithms, cache, config, models, paths, profiling, runtime  # noqa: F401  For Gin's names.
+from fedexp import algorithms, config, models, profiling, runtime  # noqa: F401  For Gin's names.
 from fedexp.checkpointing import CheckpointPlan, Saved, Saver, import_ahead
-from fedexp.errors import UserError
 from fedexp.evaluation import Evaluation
 from fedexp.reporting import Observer, Progress, Reports, TensorBoard
 from fedexp.session import Round, Session, Setup, row
+from fedexp.sole_use import sole_use
 
 PyTree = Any
 
@@ -41,14 +41,8 @@ class TrainResult(NamedTuple):
 
 
 def using(workdir: str | os.PathLike) -> contextlib.AbstractContextManager[None]:
-    """Keeps other runs out of a workdir of this machine; of several processes the first one does."""
-    if paths.is_remote(workdir) or not runtime.is_first():
-        return contextlib.nullcontext()
-    try:
-        os.makedirs(workdir, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
-    return cache.sole_use(workdir)
+    """Keeps other runs out of a workdir; of several processes the first one does."""
+    return sole_use(workdir) if runtime.is_first() else contextlib.nullcontext()
 
 
 @gin.configurable("train")

@@ -24,7 +24,7 @@ FLOORS = [
     {"tasks"},
     {"models"},
     {"data"},
-    {"cache"},
+    {"cache", "sole_use"},
     {"paths", "streams", "compiling"},
     {"errors"},
 ]

@@ -357,6 +357,15 @@ def test_s3_tells_an_edited_file_of_the_same_size(s3):
     assert paths.versions("s3://bucket/edited") != before
 
 
+def test_only_one_creates_an_object_of_s3(s3, monkeypatch):
+    assert paths.create("s3://bucket/lock", "first") and not paths.create("s3://bucket/lock", "2nd")
+    monkeypatch.setattr(type(s3), "exists", lambda *_: False)  # Another was quicker.
+    assert not paths.create("s3://bucket/lock", "third")
+    assert paths.read_text("s3://bucket/lock") == "first"
+    paths.delete("s3://bucket/lock")
+    assert paths.create("s3://bucket/lock", "fourth")
+
+
 @contextlib.contextmanager
 def fedexp(output: Path, *arguments: str) -> Iterator[subprocess.Popen]:
     """A run that says what it imports, with its output in files: a pipe would fill up."""

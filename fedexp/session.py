@@ -43,7 +43,7 @@ class Setup:
       seed: of the initial parameters, cohorts, batches and dropout.
 
     Raises:
-      UserError: fewer than one round.
+      UserError: fewer than one round, or a negative seed.
     """
 
     dataset: FederatedSplits = gin.REQUIRED
@@ -59,6 +59,8 @@ class Setup:
     def __post_init__(self) -> None:
         if self.num_rounds < 1:
             raise UserError(f"train.num_rounds must be at least 1, got {self.num_rounds}")
+        if self.seed < 0:
+            raise UserError(f"train.seed must not be negative, got {self.seed}")
 
 
 class Round:

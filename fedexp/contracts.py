@@ -38,7 +38,8 @@ class Clients:
       num_examples: (C,) int32, examples that the pass at hand goes through; those of the training pass
         in `Cohort.clients`.
       num_steps: (C,) int32, steps of that pass.
-      inputs: name -> (C, ...) int32, float32 or bool, what the sampler says of each client.
+      inputs: name -> (C, ...) int32, float32 or bool, what the sampler says of each client. 'rate', if there
+        is one, is a factor on its learning rate in local training.
       state: pytree of (C, ...), what is kept for each client between rounds; a `ClientState` where the
         algorithm uses `aggregate`. None for algorithms without client state.
       key: a PRNG key of the client's own, for `ClientWork.init` and `finish`; None elsewhere.
@@ -257,7 +258,8 @@ class Algorithm:
     """A federated algorithm.
 
     Attributes:
-      init: (params, key) -> server state, a pytree with an attribute `params`, which is what is evaluated.
+      init: (params, key) -> server state, a pytree with an attribute `params`, which is what is evaluated
+        and, at the end, what has been trained. It may be a property: an average, or a whole made of parts.
         An attribute `frozen`, if a NamedTuple has one, is given to every round, and never donated nor
         changed.
       round: (state, cohort, for_each_client) -> RoundOutput.
@@ -265,6 +267,7 @@ class Algorithm:
       passes: name -> the passes that `round` goes through besides 'train'.
       personalise: how a client comes by parameters of its own; None if there is but one model.
       report: (state, rounds done) -> name -> number, on the host, with every evaluation.
+      evaluates: what `params` are, in a word or two, for tables.
     """
 
     init: Callable[[PyTree, jax.Array], PyTree]
@@ -273,3 +276,4 @@ class Algorithm:
     passes: Mapping[str, Pass] = dataclasses.field(default_factory=dict)
     personalise: Personalisation | None = None
     report: Callable[[PyTree, int], Mapping[str, float]] | None = None
+    evaluates: str = "server's"

@@ -24,6 +24,8 @@ FILES = {
     "emnist_fedavg.gin": (),
     "emnist_scaffold.gin": (),
     "emnist_fedprox.gin": (),
+    "emnist_fedprox_adaptive.gin": (),
+    "emnist_ema.gin": (),
     "emnist_mime.gin": (),
     "emnist_apfl.gin": (),
     "emnist_fedper.gin": ("fedper.local = 'bias'",),

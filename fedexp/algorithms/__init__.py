@@ -6,6 +6,7 @@ from fedexp.algorithms.aggregation import init_client as init_client
 from fedexp.algorithms.agnostic import agnostic as agnostic
 from fedexp.algorithms.apfl import apfl as apfl
 from fedexp.algorithms.ditto import ditto as ditto
+from fedexp.algorithms.ema import ema as ema
 from fedexp.algorithms.fedavg import averaging as averaging
 from fedexp.algorithms.fedavg import fedavg as fedavg
 from fedexp.algorithms.feddyn import feddyn as feddyn
@@ -18,6 +19,7 @@ from fedexp.algorithms.local import local_training as local_training
 from fedexp.algorithms.mime import mime as mime
 from fedexp.algorithms.q_fedavg import q_fedavg as q_fedavg
 from fedexp.algorithms.scaffold import scaffold as scaffold
+from fedexp.algorithms.scheduled import scheduled as scheduled
 from fedexp.algorithms.trials import trial as trial
 from fedexp.algorithms.trials import trials as trials
 from fedexp.contracts import Algorithm as Algorithm

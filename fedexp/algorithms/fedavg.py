@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import gin
-import jax
 import optax
 
 from fedexp.aggregators import Aggregators, as_aggregator
@@ -37,7 +36,6 @@ def fedavg(
     client_optimizer: optax.GradientTransformation = gin.REQUIRED,
     server_optimizer: optax.GradientTransformation = gin.REQUIRED,
     aggregator: Aggregators = None,
-    client_schedule: Callable[[jax.Array], jax.Array] | None = None,
     weigh_by: WeighBy = "examples",
 ) -> Algorithm:
     """Algorithm 1 of Adaptive Federated Optimization (Reddi et al. 2021, arXiv:2003.00295).
@@ -48,17 +46,17 @@ def fedavg(
 
     Args:
       task: the model and its loss.
-      client_optimizer: starts afresh on every client in every round.
+      client_optimizer: starts afresh on every client in every round: a schedule in it counts local steps, one
+        of rounds is `scheduled`'s.
       server_optimizer: keeps its state between rounds.
       aggregator: `mean()` if None; several are a chain.
-      client_schedule: round -> factor on the client's learning rate (an Optax schedule); 1 if None.
       weigh_by: what a client counts for: 'examples', 'tokens' or 'uniform'; see `local_training`.
 
     Raises:
       UserError: an unknown weigh_by.
     """
     work = local_training(task, client_optimizer, weigh_by)
-    return averaging(task, work, server_optimizer, aggregator, client_schedule)
+    return averaging(task, work, server_optimizer, aggregator)
 
 
 def averaging(
@@ -66,7 +64,6 @@ def averaging(
     work: ClientWork,
     server_optimizer: optax.GradientTransformation,
     aggregator: Aggregators = None,
-    client_schedule: Callable[[jax.Array], jax.Array] | None = None,
     own: Callable[[PyTree], PyTree] | None = None,
 ) -> Algorithm:
     """FedAvg's server around clients that do other work.
@@ -78,7 +75,6 @@ def averaging(
       work: its `finish` returns (Update, Trained), as `local_training`'s does.
       server_optimizer: see `fedavg`.
       aggregator: see `fedavg`.
-      client_schedule: see `fedavg`.
       own: params -> a client's first state; None if the work keeps none.
     """
     aggregator = as_aggregator(aggregator)
@@ -88,8 +84,7 @@ def averaging(
         return ServerState(params, opt_state, aggregator.init(params))
 
     def round_(state, cohort, for_each_client, extra=None):
-        rate = client_schedule(cohort.round) if client_schedule else None
-        shared = Shared(state.params, rate, extra)
+        shared = Shared(state.params, extra)
         sent = aggregate(for_each_client, aggregator, state.aggregator, work, shared, cohort)
         params, opt_state = server_step(
             server_optimizer, sent.update, state.opt_state, state.params

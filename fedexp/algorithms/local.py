@@ -36,23 +36,22 @@ class Shared(NamedTuple):
 
     Attributes:
       params: the server's.
-      rate: () factor on the client's learning rate; None for 1.
       extra: what else an algorithm's steps look at.
       opt_state: what the clients' optimizer starts from; if None, from what its own `init` returns.
     """
 
     params: PyTree
-    rate: jax.Array | None = None
     extra: PyTree = None
     opt_state: PyTree = None
 
 
 class Training(NamedTuple):
-    """A client's carry: its parameters, its optimizer's state and its sums of loss and metrics."""
+    """A client's carry: its parameters, its optimizer's state, its sums of loss and metrics, its rate."""
 
     params: PyTree
     opt_state: PyTree
     sums: dict[str, Measure]
+    rate: jax.Array | None = None
 
 
 class Trained(NamedTuple):
@@ -81,7 +80,8 @@ def local_training(
 
     Args:
       task: the model and its loss.
-      optimizer: starts afresh on every client in every round.
+      optimizer: starts afresh on every client in every round, so that a schedule in it counts local steps.
+        Its updates are multiplied by the client's input 'rate', if it has one; see `scheduled`.
       weigh_by: what a client counts for: its examples, the predictions in its loss, which are the tokens
         of a language model (so do Reddi et al. 2021, for theirs), or the same as any other.
       direction: what a step descends instead of the batch's gradient. It has no say over statistics
@@ -102,17 +102,17 @@ def local_training(
     def init(shared: Shared, client: Clients) -> Training:
         params = start(shared, client) if start else shared.params
         opt_state = optimizer.init(params) if shared.opt_state is None else shared.opt_state
-        return Training(params, opt_state, zero_sums(task))
+        return Training(params, opt_state, zero_sums(task), client.inputs.get("rate"))
 
     def step(shared: Shared, carry: Training, batch: Batch, key: jax.Array) -> Training:
-        params, opt_state, sums = carry
+        params, opt_state, sums, rate = carry
         grads, batch_sums = gradient(within(shared) if within else task, params, batch, key)
         if direction:
             trained, _ = split_statistics(direction(shared, params, grads, batch, key))
             grads = join_statistics(trained, split_statistics(grads)[1])
-        updates, opt_state = optimizer.update(grads, opt_state, params, rate=shared.rate)
+        updates, opt_state = optimizer.update(grads, opt_state, params, rate=rate)
         params = optax.apply_updates(params, updates)
-        return Training(params, opt_state, jax.tree.map(jnp.add, sums, batch_sums))
+        return Training(params, opt_state, jax.tree.map(jnp.add, sums, batch_sums), rate)
 
     def finish(shared: Shared, carry: Training, client: Clients) -> tuple[Update, Trained]:
         update = jax.tree.map(jnp.subtract, carry.params, shared.params)
@@ -191,6 +191,11 @@ def training_own(
         return update, kept._replace(own=own.params)
 
     return ClientWork(init, step, finish)
+
+
+def rate_of(client: Clients) -> jax.Array | float:
+    """The factor () on a client's learning rate, for algorithms that look at that rate themselves."""
+    return client.inputs.get("rate", 1.0)
 
 
 def _with_rate(

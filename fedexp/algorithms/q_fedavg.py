@@ -10,7 +10,7 @@ import optax
 
 from fedexp.aggregators import Aggregators
 from fedexp.algorithms.fedavg import averaging
-from fedexp.algorithms.local import full_loss, local_training
+from fedexp.algorithms.local import full_loss, local_training, rate_of
 from fedexp.contracts import Algorithm, full_pass
 from fedexp.errors import check
 from fedexp.tasks import Task, of_trained
@@ -40,15 +40,12 @@ def q_fedavg(
       UserError: a negative q.
     """
     check(q >= 0, f"q_fedavg.q must not be negative, got {q}")
-    training, scale = (
-        local_training(task, optax.sgd(client_learning_rate)),
-        1 / client_learning_rate,
-    )
+    training = local_training(task, optax.sgd(client_learning_rate))
 
     def finish(shared, carry, client):
         update, kept = training.finish(shared, carry, client)
         loss = jnp.maximum(client.inputs["loss"], 1e-10)
-        power = loss**q
+        power, scale = loss**q, 1 / (client_learning_rate * rate_of(client))
         weight = q * power / loss * (scale * kept.norm) ** 2 + scale * power
         scaled = of_trained(lambda value: optax.tree.scale(power * scale / weight, value))
         return update._replace(value=scaled(update.value), weight=weight), kept

@@ -17,6 +17,7 @@ from fedexp.algorithms.local import (
     Shared,
     full_gradient,
     local_training,
+    rate_of,
     round_metrics,
     server_step,
     with_own_extra,
@@ -100,7 +101,7 @@ def scaffold(
         params, statistics = split_statistics(update.value)
         control, renewed = client.state.own
         if option == 2:
-            scale = 1 / (client_learning_rate * client.num_steps)
+            scale = 1 / (client_learning_rate * rate_of(client) * client.num_steps)
             # c_i+ = c_i - c - (y_i - x) / (K eta_l)
             renewed = jax.tree.map(lambda u, d: -scale * u - d, params, correction(shared, client))
         sent = Sent(params, jax.tree.map(jnp.subtract, renewed, control))

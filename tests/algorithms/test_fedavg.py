@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from fedexp.algorithms import fedavg, fedprox, optimizers
+from fedexp.algorithms import fedavg, fedprox, optimizers, scheduled
 from fedexp.contracts import Aggregated, Aggregator, Sent
 from fedexp.data.batching import ClientBatching
 from fedexp.engine import Engine, Packing, debug, jit
@@ -130,14 +130,14 @@ def test_proximal_term():
     assert_same(params, reference(server_sgd, mu=0.7))
 
 
-def test_client_schedule_is_a_factor_of_the_round():
-    algorithm = fedavg(
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_schedule_of_rounds_is_a_factor_on_the_clients_rate(strategy):
+    algorithm = scheduled(
         linear.task(),
-        optax.sgd(CLIENT_LR),
-        optax.sgd(1.0),
-        client_schedule=optax.exponential_decay(1.0, transition_steps=1, decay_rate=0.5),
+        fedavg(linear.task(), optax.sgd(CLIENT_LR), optax.sgd(1.0)),
+        optax.exponential_decay(1.0, transition_steps=1, decay_rate=0.5),
     )
-    params, _ = run(algorithm, jit(Packing(lanes=1)))
+    params, _ = run(algorithm, STRATEGIES[strategy])
     assert_same(params, reference(server_sgd, client_lr=lambda r: CLIENT_LR * 0.5**r))
 
 

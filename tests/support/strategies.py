@@ -60,7 +60,9 @@ def algorithms(task):
     sgd, server = optax.sgd(0.05, momentum=0.5), optax.sgd(1.0)
     links = [clip_by_norm(0.5), top_k(0.5), quantize(64), gaussian_noise(0.1, 0.5), mean()]
     return {
-        "fedprox": fedprox(task, 0.1, sgd, optimizers.adam(0.1, bias_correction=False)),
+        "fedprox": fedprox(
+            task, 0.1, sgd, optimizers.adam(0.1, bias_correction=False), mu_step=0.1, mu_patience=1
+        ),
         "scaffold1": scaffold(task, 0.05, option=1),
         "scaffold2": scaffold(task, 0.05, optax.adam(0.1), option=2),
         "chain": fedavg(task, sgd, server, aggregator=links),

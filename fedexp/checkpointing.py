@@ -81,7 +81,7 @@ class CheckpointPlan:
         """
         known = [f"{group}/{name}" for group, names in names.items() for name in names]
         best = self.best_metric
-        if best is not None and "/" not in best and names:
+        if best is not None and best not in known and names:
             best = f"{validation or next(iter(names))}/{best}"
         if best is not None and known and best not in known:
             raise UserError(
@@ -89,11 +89,16 @@ class CheckpointPlan:
             )
         return dataclasses.replace(self, best_metric=best if known else None)
 
+    @property
+    def sign(self) -> int:
+        """1 if the best is the largest, -1 if it is the smallest."""
+        return 1 if self.best_mode == "max" else -1
+
     def improves(self, value: float | None, best: float | None) -> bool:
         """Whether the best metric's new value, None if it was not measured, beats the best so far."""
         if value is None:
             return False
-        return best is None or (value > best if self.best_mode == "max" else value < best)
+        return best is None or self.sign * value > self.sign * best
 
 
 class Saved(NamedTuple):
@@ -106,6 +111,7 @@ class Saved(NamedTuple):
       best: the best metric's best value, or None.
       report: what JSON can hold of a round whose evaluations are still to come; None once they are in
         `history`, and for a round without any.
+      stall: what `stopping` has to remember, numbers or None.
     """
 
     done: int
@@ -113,6 +119,7 @@ class Saved(NamedTuple):
     history: list[dict[str, float]]
     best: float | None
     report: dict[str, Any] | None = None
+    stall: Sequence[Any] = ()
 
 
 class Saver:
@@ -169,7 +176,7 @@ class Saver:
         """
         if not self._checkpointer:
             return
-        found = {"history": saved.history, "best": saved.best, "report": saved.report}
+        found = {name: getattr(saved, name) for name in ("history", "best", "report", "stall")}
         metrics = None if measured is None else {str(self._best_metric): measured}
         if self._saved != saved.done:
             clients = self._client_states.save() if self._client_states else {}
@@ -201,7 +208,8 @@ class Saver:
             self._client_states.load(saved["clients"])
         report = metadata.get("report")
         self._is_waiting = report is not None
-        return Saved(self._saved, saved["server"], metadata["history"], metadata["best"], report)
+        history, best, stall = metadata["history"], metadata["best"], metadata.get("stall", ())
+        return Saved(self._saved, saved["server"], history, best, report, stall)
 
     def wait(self) -> None:
         """Returns when the save under way is complete."""

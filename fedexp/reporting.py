@@ -433,15 +433,20 @@ class Reports:
         for observer in self._observers:
             observer.flush()
 
-    def finish(self, history: Sequence[Mapping[str, float]]) -> None:
-        """Writes `final.json` once all rounds are done, if there is news."""
+    def finish(
+        self, done: int, history: Sequence[Mapping[str, float]], stopped_early: str | None = None
+    ) -> None:
+        """Writes `final.json` once all rounds are done, or a run has stopped early, if there is news."""
+        if stopped_early:
+            self.say(stopped_early)
         if self._workdir is None or not runtime.is_first():
             return
         path = os.path.join(self._workdir, "final.json")
         if not self._round_seconds + self._evaluation_seconds and _tells(path, history):
             return
         final = {
-            "rounds": self._session.setup.num_rounds,
+            "rounds": done,
+            **({"stopped_early": stopped_early} if stopped_early else {}),
             "metrics": history[-1] if history else {},
             "history": history,
             "perf": self._perf(),

@@ -26,6 +26,10 @@ FILES = {
     "emnist_fedprox.gin": (),
     "emnist_fedprox_adaptive.gin": (),
     "emnist_ema.gin": (),
+    "emnist_early_stopping.gin": (
+        "train.dataset = @split_validation()",
+        "split_validation.splits = @glyphs()",
+    ),
     "emnist_mime.gin": (),
     "emnist_apfl.gin": (),
     "emnist_fedper.gin": ("fedper.local = 'bias'",),
@@ -37,6 +41,13 @@ FILES = {
     "emnist_ditto.gin": (),
     "emnist_hypcluster.gin": (),
     "emnist_agnostic.gin": (),
+    "emnist_mimelite.gin": (),
+    "emnist_lg_fedavg.gin": ("fedper.local = 'bias'",),
+    "emnist_pfedme.gin": (),
+    "emnist_per_fedavg.gin": (),
+    "emnist_reptile.gin": (),
+    "emnist_fedrep.gin": ("fedrep.head = 'bias'",),
+    "emnist_fedsgd.gin": ("uniform.cohort_size = 12",),
 }
 PERSONAL = {
     "emnist_apfl.gin",
@@ -44,6 +55,11 @@ PERSONAL = {
     "emnist_fine_tuned.gin",
     "emnist_ditto.gin",
     "emnist_hypcluster.gin",
+    "emnist_lg_fedavg.gin",
+    "emnist_pfedme.gin",
+    "emnist_per_fedavg.gin",
+    "emnist_reptile.gin",
+    "emnist_fedrep.gin",
 }
 
 

@@ -13,7 +13,7 @@ FLOORS = [
     {"__main__"},
     {"main"},
     {"trainer"},
-    {"reporting", "several"},
+    {"reporting", "several", "stopping"},
     {"session"},
     {"evaluation"},
     {"engine", "algorithms", "checkpointing", "summaries", "profiling", "progress"},

@@ -69,6 +69,7 @@ def refusal(*params: str, files: tuple[str, ...] = (LINEAR,)) -> str:
         ("fedavg.weigh_by = 'token'", "'examples' or 'tokens' or 'uniform'"),
         ("client/sgd.learning_rate = '0.1'", "must be float or a function; write 0.1"),
         ("classification.preprocess = @EmnistLogistic()", "must be a function or None"),
+        ("classification.preprocess = @crop_and_flip()", "must be a function or None"),
         ("client/sgd.nesterov = 'False'", "must be True or False; write False"),
         ("train.task = @linear_splits()", "must be Task, such as"),
         ("train.dataset = None", "must be FederatedSplits"),

@@ -66,6 +66,9 @@ def _may_be(returned: Any, hint: Any) -> bool:
     r, h = (typing.get_origin(one) or one for one in (returned, hint))
     if r is Any or h in (Any, object):
         return True
+    if r is h is collections.abc.Callable:
+        taken = [args[0] for one in (returned, hint) if (args := typing.get_args(one))]
+        return len({len(args) for args in taken if isinstance(args, list)}) < 2
     if collections.abc.Callable in (r, h) and r is not h:
         one = h if r is collections.abc.Callable else r
         if not isinstance(one, type):

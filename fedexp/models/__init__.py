@@ -9,5 +9,6 @@ from fedexp.models.language import TransformerLanguageModel as TransformerLangua
 from fedexp.models.layers import Conv as Conv
 from fedexp.models.layers import Dropout as Dropout
 from fedexp.models.layers import max_pool_2x2 as max_pool_2x2
+from fedexp.models.resnet import ResNet18BatchNorm as ResNet18BatchNorm
 from fedexp.models.resnet import ResNet18GroupNorm as ResNet18GroupNorm
 from fedexp.models.tags import TagLogistic as TagLogistic

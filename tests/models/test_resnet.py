@@ -9,7 +9,7 @@ from jax import lax
 
 from fedexp.errors import UserError
 from fedexp.models import resnet
-from fedexp.models.resnet import ResidualBlock, ResNet18GroupNorm
+from fedexp.models.resnet import ResidualBlock, ResNet18BatchNorm, ResNet18GroupNorm
 
 
 def normal(seed, *shape):
@@ -125,6 +125,82 @@ def test_the_start_is_he_normal_with_a_small_classifier():
 def test_every_stage_needs_a_stride():
     with pytest.raises(UserError, match=r"one number for each of the 4 stages, got \(1, 2\)"):
         shapes(ResNet18GroupNorm(strides=(1, 2)), 24, 24, 3)
+    with pytest.raises(UserError, match=r"ResNet18BatchNorm.strides needs one number for each"):
+        shapes(ResNet18BatchNorm(strides=(1, 2)), 24, 24, 3)
+    with pytest.raises(UserError, match=r"momentum must be in \[0, 1\], got 1.5"):
+        shapes(ResNet18BatchNorm(momentum=1.5), 24, 24, 3)
+
+
+@pytest.mark.parametrize(("num_classes", "published"), [(10, 11_173_962), (100, 11_220_132)])
+def test_batch_normalised_parameters_are_as_many_as_published(num_classes, published):
+    """11 173 962 as of ResNet18 in github.com/kuangliu/pytorch-cifar; the formula is of its code."""
+    norms = [64]
+    expected = 3 * 3 * 3 * 64
+    channels = 64
+    for features in (64, 128, 256, 512):
+        for _ in range(2):
+            expected += 9 * channels * features + 9 * features * features
+            norms += [features, features]
+            if channels != features:
+                expected += channels * features
+                norms.append(features)
+            channels = features
+    expected += 2 * sum(norms) + channels * num_classes + num_classes
+    model = ResNet18BatchNorm(num_classes)
+    found = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    assert sum(p.size for p in jax.tree.leaves(found["params"])) == expected == published
+    assert sum(p.size for p in jax.tree.leaves(found["batch_stats"])) == 2 * sum(norms) == 9600
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_the_batch_normalised_network_is_the_published_one(train):
+    """With running statistics, and in training with those of the examples that count."""
+    model = ResNet18BatchNorm(5, stages=(1, 2), strides=(1, 2), width=4, momentum=0.7)
+    x, mask = normal(0, 6, 8, 8, 3), np.array([1, 1, 0, 1, 1, 0], bool)
+    given = jax.eval_shape(model.init, jax.random.key(0), x)
+    given = jax.tree.map(abs, noisy(given))
+
+    @jax.jit
+    def reference(y, p, old):
+        new = {}
+
+        def norm(y, path):
+            layer, kept = p, old
+            for name in path:
+                layer, kept = layer[name], kept[name]
+            real = y[mask]
+            mean, var = real.mean((0, 1, 2)), real.var((0, 1, 2))
+            new["/".join(path)] = 0.7 * kept["mean"] + 0.3 * mean, 0.7 * kept["var"] + 0.3 * var
+            if not train:
+                mean, var = kept["mean"], kept["var"]
+            return (y - mean) / jnp.sqrt(var + 1e-5) * layer["scale"] + layer["bias"]
+
+        def block(y, name, stride):
+            q = p[name]
+            z = jax.nn.relu(norm(convolution(y, q["Conv_0"], stride), (name, "BatchNorm_0")))
+            z = norm(convolution(z, q["Conv_1"]), (name, "BatchNorm_1"))
+            if "Conv_2" in q:
+                y = norm(convolution(y, q["Conv_2"], stride), (name, "BatchNorm_2"))
+            return jax.nn.relu(y + z)
+
+        y = jax.nn.relu(norm(convolution(y, p["Conv_0"]), ("BatchNorm_0",)))
+        y = block(y, "BasicBlock_0", 1)
+        y = block(y, "BasicBlock_1", 2)
+        y = block(y, "BasicBlock_2", 1)
+        assert y.shape == (6, 4, 4, 8)
+        return y.mean((1, 2)) @ p["Dense_0"]["kernel"] + p["Dense_0"]["bias"], new
+
+    expected, new = reference(x, given["params"], given["batch_stats"])
+    apply = jax.jit(lambda *args: model.apply(*args, train, mask, mutable=["batch_stats"]))
+    found, changed = apply(given, x)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    for path, statistics in new.items() if train else ():
+        layer = changed["batch_stats"]
+        for name in path.split("/"):
+            layer = layer[name]
+        np.testing.assert_allclose((layer["mean"], layer["var"]), statistics, rtol=1e-4, atol=1e-5)
+    if not train:
+        jax.tree.map(np.testing.assert_array_equal, changed["batch_stats"], given["batch_stats"])
 
 
 def test_gin_sets_the_network():

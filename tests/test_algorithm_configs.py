@@ -39,15 +39,11 @@ FILES = {
     "emnist_feddyn.gin": (),
     "emnist_q_fedavg.gin": (),
     "emnist_ditto.gin": (),
-    "emnist_hypcluster.gin": (),
+    "emnist_hypcluster.gin": ("hypcluster.start = 'kmeans++'",),
     "emnist_agnostic.gin": (),
-    "emnist_mimelite.gin": (),
-    "emnist_lg_fedavg.gin": ("fedper.local = 'bias'",),
     "emnist_pfedme.gin": (),
     "emnist_per_fedavg.gin": (),
-    "emnist_reptile.gin": (),
     "emnist_fedrep.gin": ("fedrep.head = 'bias'",),
-    "emnist_fedsgd.gin": ("uniform.cohort_size = 12",),
 }
 PERSONAL = {
     "emnist_apfl.gin",
@@ -55,10 +51,8 @@ PERSONAL = {
     "emnist_fine_tuned.gin",
     "emnist_ditto.gin",
     "emnist_hypcluster.gin",
-    "emnist_lg_fedavg.gin",
     "emnist_pfedme.gin",
     "emnist_per_fedavg.gin",
-    "emnist_reptile.gin",
     "emnist_fedrep.gin",
 }
 

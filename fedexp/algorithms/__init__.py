@@ -13,10 +13,14 @@ from fedexp.algorithms.feddyn import feddyn as feddyn
 from fedexp.algorithms.fednova import fednova as fednova
 from fedexp.algorithms.fedper import fedper as fedper
 from fedexp.algorithms.fedprox import fedprox as fedprox
+from fedexp.algorithms.fedrep import fedrep as fedrep
+from fedexp.algorithms.fedsgd import fedsgd as fedsgd
 from fedexp.algorithms.fine_tuning import fine_tuning as fine_tuning
 from fedexp.algorithms.hypcluster import hypcluster as hypcluster
 from fedexp.algorithms.local import local_training as local_training
 from fedexp.algorithms.mime import mime as mime
+from fedexp.algorithms.per_fedavg import per_fedavg as per_fedavg
+from fedexp.algorithms.pfedme import pfedme as pfedme
 from fedexp.algorithms.q_fedavg import q_fedavg as q_fedavg
 from fedexp.algorithms.scaffold import scaffold as scaffold
 from fedexp.algorithms.scheduled import scheduled as scheduled

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import gin
 import optax
 
-from fedexp.algorithms.local import Shared, local_training
+from fedexp.algorithms.local import PyTree, Shared, local_training
 from fedexp.contracts import ClientWork, Pass, Personalisation
 from fedexp.data import ClientBatching
 from fedexp.tasks import Task
@@ -28,15 +30,29 @@ def fine_tuning(
       optimizer: starts afresh on every client.
       batching: of the client's training examples; one epoch of batches of 20 if None.
     """
-    training = local_training(task, optimizer)
+    return personal_training(local_training(task, optimizer), lambda carry: carry.params, batching)
+
+
+def personal_training(
+    work: ClientWork,
+    parameters: Callable[[PyTree], PyTree],
+    batching: ClientBatching | None = None,
+) -> Personalisation:
+    """Measures each client with what it trains from the server's parameters.
+
+    Args:
+      work: its `shared` is like `Shared`.
+      parameters: the work's last carry -> the personal parameters.
+      batching: of the client's training examples; one epoch of batches of 20 if None.
+    """
 
     def init(state, client):
-        return training.init(Shared(state.params), client)
+        return work.init(Shared(state.params), client)
 
     def step(state, carry, batch, key):
-        return training.step(Shared(state.params), carry, batch, key)
+        return work.step(Shared(state.params), carry, batch, key)
 
     def finish(state, carry, client):
-        return (), carry.params
+        return (), parameters(carry)
 
     return Personalisation(ClientWork(init, step, finish), Pass(batching or ClientBatching()))

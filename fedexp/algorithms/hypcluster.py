@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import gin
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from fedexp.aggregators import Aggregators, as_aggregator
 from fedexp.algorithms.aggregation import aggregate, init_client
-from fedexp.algorithms.local import PyTree, Shared, local_training, round_metrics, server_step
-from fedexp.contracts import Algorithm, ClientWork, Personalisation, RoundOutput, full_pass
-from fedexp.errors import check
+from fedexp.algorithms.local import (
+    PyTree,
+    Shared,
+    full_loss,
+    local_training,
+    round_metrics,
+    server_step,
+)
+from fedexp.contracts import (
+    Algorithm,
+    ClientWork,
+    Cohort,
+    ForEachClient,
+    Personalisation,
+    RoundOutput,
+    full_pass,
+)
+from fedexp.errors import UserError, check
 from fedexp.streams import Stream, derive
 from fedexp.tasks import Task, carrying_statistics, mean_loss, of_trained
 
@@ -37,6 +56,7 @@ def hypcluster(
     num_clusters: int = gin.REQUIRED,
     client_optimizer: optax.GradientTransformation = gin.REQUIRED,
     server_optimizer: optax.GradientTransformation = gin.REQUIRED,
+    start: Literal["shuffled", "kmeans++"] = "shuffled",
     aggregator: Aggregators = None,
     full_batch_size: int = 128,
 ) -> Algorithm:
@@ -48,26 +68,32 @@ def hypcluster(
 
     Args:
       task: the model and its loss.
-      num_clusters: K. All but the first model start with the first parameters' entries shuffled within each
-        array, which is another draw of independent initial values.
+      num_clusters: K.
       client_optimizer: see `fedavg`.
       server_optimizer: one state for each cluster; a cluster without clients stays as it is.
+      start: 'shuffled': all but the first model start with the first parameters' entries shuffled within each
+        array, which is another draw of independent initial values. 'kmeans++': with models of the first
+        cohort's clients, trained alone: of one at random, and time and again of another one whose loss under
+        the best model so far is the greatest, as in FedJAX (Arthur & Vassilvitskii 2007 draw it instead). The
+        program of a round then takes memory for a model of every client in the cohort.
       aggregator: of a model's change for each cluster, zero for all but one; `mean()` if None.
       full_batch_size: examples a step of the pass for the losses.
 
     Raises:
-      UserError: fewer than one cluster.
+      UserError: fewer than one cluster or, in the first round, more than there are clients; an unknown start.
     """
     check(num_clusters >= 1, f"hypcluster.num_clusters must be at least 1, got {num_clusters}")
+    if start not in ("shuffled", "kmeans++"):
+        raise UserError(f"hypcluster.start must be 'shuffled' or 'kmeans++', got {start!r}")
     aggregator, numbers = as_aggregator(aggregator), jnp.arange(num_clusters)
 
-    def start(shared, client):
+    def chosen(shared, client):
         return _chosen(shared.params, client.inputs["cluster"])
 
-    training = local_training(task, client_optimizer, start=start)
+    training = local_training(task, client_optimizer, start=chosen)
 
     def finish(shared, carry, client):
-        own = shared._replace(params=start(shared, client))
+        own = shared._replace(params=chosen(shared, client))
         update, kept = training.finish(own, carry, client)
         here = numbers == client.inputs["cluster"]
         value = jax.tree.map(lambda leaf: jnp.multiply.outer(here, leaf), update.value)
@@ -92,6 +118,12 @@ def hypcluster(
         return jax.tree.map(lambda n, o: jnp.where(share > 0, n, o), new, (model, opt_state))
 
     def round_(state, cohort, for_each_client):
+        _check_enough(num_clusters, start, cohort)
+        if start == "kmeans++":
+            alone = local_training(task, client_optimizer)
+            begin = functools.partial(_far_apart, task, alone, cohort, for_each_client)
+            models = _in_first_round(cohort, for_each_client, begin, state.models)
+            state = state._replace(models=models)
         _, losses = for_each_client(_losses(task, num_clusters), state, cohort, "full")
         choices = jnp.argmin(losses, axis=1).astype(jnp.int32)
         cohort = cohort.with_inputs(cluster=choices)
@@ -131,6 +163,58 @@ def _losses(task: Task, num_clusters: int) -> ClientWork:
         return (), sums
 
     return ClientWork(init, step, finish)
+
+
+def _check_enough(num_clusters: int, start: str, cohort: Cohort) -> None:
+    check(
+        num_clusters <= cohort.population,
+        f"hypcluster.num_clusters is {num_clusters}, but there are {cohort.population} clients to cluster; "
+        "lower it",
+    )
+    check(
+        start != "kmeans++" or num_clusters <= cohort.expected_size,
+        f"hypcluster.start is 'kmeans++', which takes {num_clusters} models from the clients of the first "
+        f"cohort, but the sampler draws {cohort.expected_size:g}; raise its cohort_size, or lower "
+        "hypcluster.num_clusters",
+    )
+
+
+def _far_apart(
+    task: Task, work: ClientWork, cohort: Cohort, for_each_client: ForEachClient, models: PyTree
+) -> PyTree:
+    """K models (K, ...) of clients that trained from the first of the given ones alone."""
+    alone = work._replace(finish=lambda shared, carry, client: ((), carry.params))
+    _, trained = for_each_client(alone, Shared(_chosen(models, 0)), cohort)
+    taken = jnp.finfo(jnp.float32).min
+
+    def add(number, carry):
+        models, worst, losses = carry
+        client = jnp.argmax(jnp.where(cohort.real, worst, -jnp.inf))
+        model = _chosen(trained, client)
+        _, found = for_each_client(full_loss(task), Shared(model), cohort, "full")
+        losses = jnp.minimum(losses, found).at[client].set(taken)
+        models = jax.tree.map(lambda all_, one: all_.at[number].set(one), models, model)
+        return models, losses, losses
+
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(cohort.key, cohort.clients.index)
+    at_random = jax.vmap(jax.random.uniform)(keys)  # The same for a client in any slot.
+    start = models, at_random, jnp.full(at_random.shape, jnp.inf)
+    return jax.lax.fori_loop(0, len(jax.tree.leaves(models)[0]), add, start)[0]
+
+
+def _in_first_round(
+    cohort: Cohort,
+    for_each_client: ForEachClient,
+    begin: Callable[[PyTree], PyTree],
+    models: PyTree,
+) -> PyTree:
+    """What `begin` makes of the models in a round 0 that has clients; the same models else."""
+    first, calls = (cohort.round == 0) & (cohort.size > 0), for_each_client.calls
+    eager = contextlib.nullcontext() if isinstance(first, Tracer) else jax.disable_jit()
+    with eager:  # `debug` compiles nothing.
+        models = jax.lax.cond(first, begin, lambda models: models, models)
+    for_each_client.calls = calls  # Whether it took place or not, later calls draw the same.
+    return models
 
 
 def _chosen(models: PyTree, number: int | jax.Array) -> PyTree:

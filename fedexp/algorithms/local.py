@@ -95,8 +95,7 @@ def local_training(
     Raises:
       UserError: an unknown weigh_by.
     """
-    if weigh_by not in ("examples", "tokens", "uniform"):
-        raise UserError(f"weigh_by must be 'examples', 'tokens' or 'uniform', got {weigh_by!r}")
+    weight = weight_of(weigh_by)
     optimizer = carrying_statistics(_with_rate(optimizer))
 
     def init(shared: Shared, client: Clients) -> Training:
@@ -116,14 +115,26 @@ def local_training(
 
     def finish(shared: Shared, carry: Training, client: Clients) -> tuple[Update, Trained]:
         update = jax.tree.map(jnp.subtract, carry.params, shared.params)
-        weights = {
-            "examples": client.num_examples,
-            "tokens": carry.sums["loss"].weights,
-            "uniform": jnp.float32(1),
-        }
-        return Update(update, weights[weigh_by]), Trained(carry.sums, optax.tree.norm(update))
+        kept = Trained(carry.sums, optax.tree.norm(update))
+        return Update(update, weight(client, carry.sums)), kept
 
     return ClientWork(init, step, finish)
+
+
+def weight_of(weigh_by: WeighBy) -> Callable[[Clients, dict[str, Measure]], jax.Array]:
+    """(client, its sums of the loss) -> () what it counts for; see `local_training`.
+
+    Raises:
+      UserError: an unknown weigh_by.
+    """
+    weights: dict[str, Callable[[Clients, dict[str, Measure]], jax.Array]] = {
+        "examples": lambda client, sums: client.num_examples,
+        "tokens": lambda client, sums: sums["loss"].weights,
+        "uniform": lambda client, sums: jnp.float32(1),
+    }
+    if weigh_by not in weights:
+        raise UserError(f"weigh_by must be 'examples', 'tokens' or 'uniform', got {weigh_by!r}")
+    return weights[weigh_by]
 
 
 def with_own_extra(work: ClientWork, extra: Callable[[Shared, Clients], PyTree]) -> ClientWork:
@@ -223,7 +234,7 @@ def full_gradient(task: Task) -> ClientWork:
 
     Returns:
       Work whose `shared` has `params`, and whose `finish` returns (Update, the same gradient), weighted
-      alike for all clients.
+      alike for all clients. Its carry is (sum of gradients, sums of loss and metrics).
 
     Raises:
       UserError: a task that minimises sums over batches; their gradients depend on the batch's size.
@@ -234,18 +245,20 @@ def full_gradient(task: Task) -> ClientWork:
         "that it would fit; use an algorithm without full gradients, or a task with a mean loss",
     )
 
-    def init(shared: Any, client: Clients) -> tuple[PyTree, jax.Array]:
-        return optax.tree.zeros_like(shared.params), jnp.zeros(())
+    def init(shared: Any, client: Clients) -> tuple[PyTree, dict[str, Measure]]:
+        return optax.tree.zeros_like(shared.params), zero_sums(task)
 
-    def step(shared: Any, carry: tuple, batch: Batch, key: jax.Array) -> tuple[PyTree, jax.Array]:
-        total, count = carry
-        grads, sums = gradient(task, shared.params, batch, key)
-        weight = sums["loss"].weights
-        return jax.tree.map(lambda t, g: t + weight * g, total, grads), count + weight
+    def step(shared: Any, carry: tuple, batch: Batch, key: jax.Array) -> tuple:
+        total, sums = carry
+        grads, batch_sums = gradient(task, shared.params, batch, key)
+        weight = batch_sums["loss"].weights
+        total = jax.tree.map(lambda t, g: t + weight * g, total, grads)
+        return total, jax.tree.map(jnp.add, sums, batch_sums)
 
     def finish(shared: Any, carry: tuple, client: Clients) -> tuple[Update, PyTree]:
-        total, count = carry
-        mean = jax.tree.map(lambda t: t / jnp.maximum(count, 1e-12), total)
+        total, sums = carry
+        count = jnp.maximum(sums["loss"].weights, 1e-12)
+        mean = jax.tree.map(lambda t: t / count, total)
         return Update(mean, jnp.float32(1)), mean
 
     return ClientWork(init, step, finish)

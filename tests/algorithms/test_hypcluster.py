@@ -10,6 +10,7 @@ import pytest
 from fedexp.algorithms import hypcluster
 from fedexp.data import ClientBatching, FederatedDataset, FederatedSplits, fixed
 from fedexp.engine import Packing, jit, mesh
+from fedexp.errors import UserError
 from fedexp.evaluation import Evaluate
 from fedexp.trainer import Experiment
 from tests.support import linear
@@ -68,3 +69,44 @@ def test_two_kinds_of_clients_find_a_model_each():
         observers=[],
     ).run()
     assert result.metrics["test_personal/loss"] < 1e-4 < 1 < result.metrics["test/loss"]
+
+
+def trained_alone(client: int) -> np.ndarray:
+    y = first()
+    for xb, yb in batches(client):
+        y -= RATE * gradient(xb, yb, y)
+    return y
+
+
+def test_models_start_far_apart_in_the_first_round_alone():
+    """The greatest loss under the best model so far is the next client's to start one."""
+    still = optax.sgd(RATE), optax.sgd(0.0)
+    algorithm = hypcluster(linear.task(), K, *still, "kmeans++", full_batch_size=5)
+    _, output = run(algorithm, jit(Packing(lanes=3)))
+    models = models_of(output.state)
+    candidates = np.array([trained_alone(client) for client in COHORTS[0]])
+    chosen = [int(np.argmin(np.abs(candidates - models[0]).sum(axis=1)))]
+    losses = np.full(len(candidates), np.inf)
+    for _ in range(K - 1):
+        for number, client in enumerate(COHORTS[0]):
+            inputs, targets = design(client)
+            loss = np.mean((inputs @ candidates[chosen[-1]] - targets) ** 2)
+            losses[number] = min(losses[number], loss)
+        losses[chosen] = -np.inf
+        chosen.append(int(np.argmax(losses)))
+    np.testing.assert_allclose(models, candidates[chosen], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((8, "shuffled"), "num_clusters is 8, but there are 7 clients to cluster; lower it"),
+        ((5, "kmeans++"), "takes 5 models from the clients of the first cohort, but .* draws 4"),
+        ((2, "k-means"), "hypcluster.start must be 'shuffled' or 'kmeans\\+\\+', got 'k-means'"),
+        ((0, "shuffled"), "num_clusters must be at least 1, got 0"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(arguments, message):
+    number, start = arguments
+    with pytest.raises(UserError, match=message):
+        run(hypcluster(linear.task(), number, optax.sgd(0.1), optax.sgd(1.0), start))

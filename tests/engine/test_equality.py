@@ -15,7 +15,8 @@ from tests.support import linear, strategies
 
 REPOSITORY = Path(__file__).parent.parent.parent
 ALGORITHMS = tuple(strategies.algorithms(linear.task()))
-KEEP_MODELS = ("apfl", "fedper", "ditto")
+KEEP_MODELS = ("apfl", "fedper", "ditto", "fedrep")
+PERSONAL = (*KEEP_MODELS, "hypcluster", "kmeans++", "pfedme", "per_fedavg")
 KEEP_STATES = ("scaffold1", "scaffold2", "chain", "scaffold_chain", "feddyn", *KEEP_MODELS)
 ONE_PROCESS = ["jit:1:1", "jit:1:3"] + [
     f"{name}:{devices}:{lanes}"
@@ -73,7 +74,7 @@ def assert_equal(found: dict, expected: dict, spec: str, algorithm: str) -> None
     assert {"params/w", "params/b", "test/loss", "tuned/loss"} <= set(names)
     assert "metrics/clients/update_norm" in names and "test/loss" in names
     assert ("client_states/0" in names) == (algorithm in KEEP_STATES)
-    assert ("own/loss" in names) == (algorithm in (*KEEP_MODELS, "hypcluster"))
+    assert ("own/loss" in names) == (algorithm in PERSONAL)
     for name in names:
         if spec not in strategies.WIDE and name.startswith(("own/", "tuned/")):
             continue

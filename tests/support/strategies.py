@@ -30,10 +30,14 @@ from fedexp.algorithms import (
     fednova,
     fedper,
     fedprox,
+    fedrep,
+    fedsgd,
     fine_tuning,
     hypcluster,
     mime,
     optimizers,
+    per_fedavg,
+    pfedme,
     q_fedavg,
     scaffold,
 )
@@ -52,7 +56,10 @@ WIDE = ("debug:1:1", "jit:1:3", "pmap:2:3", "mesh:2:3", "mesh:4:3")
 # Made of the same pieces as others.
 NARROW = {
     name: ("debug:1:1", "jit:1:3", "mesh:2:3")
-    for name in ("fednova", "feddyn", "q_fedavg", "ditto", "hypcluster")
+    for name in (
+        *("fednova", "feddyn", "q_fedavg", "ditto", "hypcluster", "kmeans++"),
+        *("pfedme", "per_fedavg", "fedrep", "fedsgd"),
+    )
 }
 
 
@@ -77,6 +84,11 @@ def algorithms(task):
         "q_fedavg": q_fedavg(task, 1.0, 0.05, full_batch_size=5),
         "ditto": ditto(task, 0.1, sgd, server),
         "hypcluster": hypcluster(task, 2, sgd, optax.adam(0.1)),
+        "kmeans++": hypcluster(task, 3, sgd, server, "kmeans++", full_batch_size=5),
+        "pfedme": pfedme(task, 2.0, sgd, 0.2, server, num_steps=2),
+        "per_fedavg": per_fedavg(task, 0.05, sgd, server, delta=0.1),
+        "fedrep": fedrep(task, "^b$", sgd, sgd, server, ClientBatching(3)),
+        "fedsgd": fedsgd(task, optax.adam(0.1)),
     }
 
 

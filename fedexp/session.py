@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from fedexp import evaluation
-from fedexp.contracts import Algorithm
-from fedexp.data import ClientBatching, FederatedDataset, FederatedSplits, Sampler, uniform
+from fedexp.contracts import TRAIN, Algorithm
+from fedexp.data import ClientBatching, FederatedDataset, FederatedSplits, Sample, Sampler, uniform
 from fedexp.engine import Engine, PreparedRound, Strategy, auto
 from fedexp.errors import UserError
 from fedexp.evaluation import Evaluate, Evaluation
@@ -171,8 +171,10 @@ class Session:
         names = [plan.name for plan in setup.evaluations]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise UserError(f"two evaluations are called {twice[0]!r}; bind one's evaluate.prefix")
-        self._sampler = sampler = setup.sampler
-        sampler.sample(splits.train.client_ids, seed, 0)  # Refuses what it cannot do.
+        batching, sizes = setup.batching, np.asarray(splits.train.client_sizes)
+        examples = batching.num_examples(batching.limited(sizes))
+        self._sampler = sampler = setup.sampler.bound_to(examples)
+        self.sample(0)  # Refuses what it cannot do.
         taking_part = splits.train.num_clients
         if sampler.held_out is not None:
             taking_part -= int(sampler.held_out(splits.train.client_ids).sum())
@@ -193,6 +195,10 @@ class Session:
             for number, plan in enumerate(setup.evaluations)
         ]
         self.first = Round(self, 0, self.engine.start(self.params))
+
+    def sample(self, number: int) -> Sample:
+        """What the sampler says of a round, counted from 0."""
+        return self._sampler.sample(self.splits[TRAIN].client_ids, self.setup.seed, number)
 
     def metric_names(self) -> dict[str, list[str]]:
         """Group of an evaluation -> names of its metrics."""
@@ -256,8 +262,7 @@ class Session:
             return round_.prepared.clients
         if round_.number == 0:
             return np.zeros(0, np.int64)
-        ids = self.setup.dataset.train.client_ids
-        return self._sampler.sample(ids, self.setup.seed, round_.number - 1).clients
+        return self.sample(round_.number - 1).clients
 
     def _algorithm(self) -> Algorithm:
         given = self.setup.algorithm
@@ -268,10 +273,9 @@ class Session:
 
     def prepared(self, rounds: range) -> Iterator[tuple[PreparedRound, float]]:
         """Yields (prepared round, seconds waited for it); the next one is prepared meanwhile."""
-        ids, seed = self.setup.dataset.train.client_ids, self.setup.seed
 
         def prepare(number: int) -> PreparedRound:
-            return self.engine.prepare(number, self._sampler.sample(ids, seed, number))
+            return self.engine.prepare(number, self.sample(number))
 
         with ThreadPoolExecutor(1, thread_name_prefix="prepare") as pool:
             futures = [pool.submit(prepare, number) for number in rounds[:1]]

@@ -16,7 +16,7 @@
 
 A key is either drawn from or parent of others, never both: `jax.random.split(key, n)[i]` is
 `fold_in(key, i)`, so whoever is handed a key may split it without meeting another stream.
-NumPy's draws on the host (SAMPLING, ORDER, EVALUATION, HELD_OUT) start from (stream, seed, *indices).
+NumPy's draws on the host (SAMPLING, ORDER, EVALUATION, HELD_OUT, CLOCK) start from (stream, seed, *indices).
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Stream(enum.IntEnum):
     DROPOUT = 10
     AUGMENT = 11
     HELD_OUT = 12
+    CLOCK = 13
 
 
 def derive(key: jax.Array, stream: Stream, index: int | jax.Array = 0) -> jax.Array:

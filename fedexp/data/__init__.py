@@ -2,6 +2,8 @@
 
 from fedexp.data.batching import ClientBatching as ClientBatching
 from fedexp.data.cifar100 import cifar100 as cifar100
+from fedexp.data.clock import Clock as Clock
+from fedexp.data.clock import Distribution as Distribution
 from fedexp.data.dataset import Batch as Batch
 from fedexp.data.dataset import FederatedDataset as FederatedDataset
 from fedexp.data.dataset import FederatedSplits as FederatedSplits
@@ -14,6 +16,7 @@ from fedexp.data.partition import from_arrays as from_arrays
 from fedexp.data.partition import iid as iid
 from fedexp.data.partition import pachinko as pachinko
 from fedexp.data.partition import shards as shards
+from fedexp.data.samplers import SECONDS as SECONDS
 from fedexp.data.samplers import Sample as Sample
 from fedexp.data.samplers import Sampler as Sampler
 from fedexp.data.samplers import fixed as fixed
@@ -21,6 +24,8 @@ from fedexp.data.samplers import hold_out as hold_out
 from fedexp.data.samplers import poisson as poisson
 from fedexp.data.samplers import uniform as uniform
 from fedexp.data.shakespeare import shakespeare as shakespeare
+from fedexp.data.simulation import asynchronous as asynchronous
+from fedexp.data.simulation import synchronous as synchronous
 from fedexp.data.sqlite import fedjax_sqlite as fedjax_sqlite
 from fedexp.data.sqlite import tff_sqlite as tff_sqlite
 from fedexp.data.stackoverflow import stackoverflow_nwp as stackoverflow_nwp

@@ -18,6 +18,9 @@ from fedexp.streams import Stream, generator
 
 Ids = Sequence[str] | np.ndarray
 
+# What a sampler on a simulated clock calls the seconds gone by at the end of a round, in `Sample.infos`.
+SECONDS = "simulated/seconds"
+
 
 class Sample(NamedTuple):
     """The cohort of a round.
@@ -26,7 +29,7 @@ class Sample(NamedTuple):
       clients: (num_sampled,) int64 client indices, without duplicates.
       inputs: name -> (num_sampled, ...) int32, float32 or bool, what an algorithm is told of each client
         (`client.inputs`), as its staleness, its domain or a learning rate.
-      infos: name -> number, what TensorBoard is told of the round, as simulated seconds.
+      infos: name -> number, what TensorBoard is told of the round. `SECONDS` is an axis there.
     """
 
     clients: np.ndarray
@@ -56,6 +59,8 @@ class Sampler(NamedTuple):
       cohort_size: how many clients a round samples, on average.
       sample: samples the cohort of a round.
       held_out: client_ids -> (num_clients,) bool, who never takes part; None if nobody is held out.
+      bind: (num_clients,) int64 examples that clients train on in a round -> the sampler for these; None
+        for a sampler that does not look at them.
 
     >>> uniform(3).sample([str(i) for i in range(10)], seed=0, round=0).clients.tolist()
     [1, 2, 6]
@@ -64,6 +69,11 @@ class Sampler(NamedTuple):
     cohort_size: float
     sample: Draw
     held_out: Callable[[Ids], np.ndarray] | None = None
+    bind: Callable[[np.ndarray], Sampler] | None = None
+
+    def bound_to(self, examples: np.ndarray) -> Sampler:
+        """The sampler for clients that train on so many examples in a round."""
+        return self if self.bind is None else self.bind(examples)
 
 
 @gin.configurable
@@ -163,7 +173,10 @@ def hold_out(sampler: Sampler, fraction: float = 0.1, seed: int = 0) -> Sampler:
         drawn = sampler.sample(ids, seed, round)
         return drawn._replace(clients=taking_part[drawn.clients])
 
-    return Sampler(sampler.cohort_size, sample, held_out)
+    def bind(examples: np.ndarray) -> Sampler:
+        return hold_out(sampler.bound_to(examples[~held_out(examples)]), fraction, seed)
+
+    return Sampler(sampler.cohort_size, sample, held_out, bind if sampler.bind else None)
 
 
 def _indices(cohort: Sequence[int | str], client_ids: Ids, where: str) -> np.ndarray:

@@ -98,7 +98,7 @@ def test_staleness_counts_the_steps_while_a_client_was_at_work(data, num_clients
         assert begins[number] == pytest.approx(ends[fetched - 1] if fetched else 0.0, abs=1e-9)
     middles = (begins + ends) / 2
     for middle in middles:
-        at_work = (begins < middle) & (middle < ends)
+        at_work = (begins < middle - 1e-9) & (middle + 1e-9 < ends)
         assert at_work.sum() <= concurrency
         assert len(set(clients[at_work])) == at_work.sum()
     assert np.sum(begins < 1e-9) <= concurrency

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedexp import config, paths, progress, runtime
+from fedexp.data import SECONDS
 from fedexp.errors import UserError
 from fedexp.evaluation import Evaluation
 from fedexp.session import Round, Session, row
@@ -112,7 +113,8 @@ class Observer:
 
 # TensorBoard's runs, sub-folders of the workdir, besides one for every evaluation and the workdir itself.
 _TRAIN, _P10, _P90 = "train", "p10", "p90"
-_TAKEN = (_TRAIN, _P10, _P90, "checkpoints", "plugins")
+_SIMULATED = "simulated"
+_TAKEN = (_TRAIN, _P10, _P90, _SIMULATED, "checkpoints", "plugins")
 
 
 @gin.configurable("tensorboard")
@@ -120,7 +122,8 @@ class TensorBoard(Observer):
     """Summaries for TensorBoard in the workdir; nothing without one.
 
     What is measured on examples is a group of charts by its name, with training and every evaluation in one
-    chart, as runs. All else is in the group `training`, which comes after them: docs/tensorboard.md.
+    chart, as runs. All else is in the group `training`, which comes after them. With a simulated clock there
+    are runs besides whose steps are its seconds: docs/tensorboard.md.
     """
 
     def __init__(self) -> None:
@@ -139,8 +142,12 @@ class TensorBoard(Observer):
                 )
         self._task = task = session.setup.task
         self._measured = {"loss", *task.metrics, *task.derived}
-        runs = ("", _TRAIN, *groups, _P10, _P90)
-        self._writer = writer = Writer(os.fspath(workdir), runs=runs, resume_at=done + 1)
+        resume_at = dict.fromkeys(("", _TRAIN, *groups, _P10, _P90), done + 1)
+        seconds = session.sample(max(done - 1, 0)).infos.get(SECONDS)
+        if seconds is not None:
+            after = int(seconds) + 1 if done else 0
+            resume_at |= {f"{_SIMULATED}/{group}": after for group in (_TRAIN, *groups)}
+        self._writer = writer = Writer(os.fspath(workdir), runs=[*resume_at], resume_at=resume_at)
         writer.text(0, "config/operative", gin.markdown(gin.operative_config_str()))
         images = task.images and task.images(session.splits["train"].slice(0, 64))
         if images is not None:
@@ -155,6 +162,7 @@ class TensorBoard(Observer):
             (measured if tag in self._measured else others)[tag] = value
         self._writer.scalars(report.number, others)
         self._write_of_clients(report.number, _TRAIN, report.per_client, measured)
+        self._write_simulated(report.metrics, _TRAIN, measured)
 
     def evaluation(self, report: EvaluationReport) -> None:
         if self._writer is None:
@@ -169,6 +177,7 @@ class TensorBoard(Observer):
         self._writer.scalars(report.number, others)
         for group, result in report.results.items():
             self._write_of_clients(report.number, group, result.per_client, result.metrics)
+            self._write_simulated(report.row, group, result.metrics)
             self._write_histograms(report.number, group, result.per_client)
             if result.confusion is not None:
                 names = self._task.class_names or [str(i) for i in range(len(result.confusion))]
@@ -210,6 +219,15 @@ class TensorBoard(Observer):
         for run, scalars in values.items():
             if scalars:
                 self._writer.scalars(done, scalars, run)
+
+    def _write_simulated(
+        self, infos: Mapping[str, float], group: str, metrics: Mapping[str, float]
+    ) -> None:
+        """Writes a group's metrics against the simulated clock, if there is one."""
+        if SECONDS in infos:
+            assert self._writer is not None
+            scalars = {f"{name}/simulated_seconds": value for name, value in metrics.items()}
+            self._writer.scalars(int(infos[SECONDS]), scalars, f"{_SIMULATED}/{group}")
 
     def _write_histograms(
         self, done: int, group: str, per_client: Mapping[str, np.ndarray]
@@ -406,6 +424,7 @@ class Reports:
             _check_finite(round_.number, name, value, self._kept())
         trained = self._last.metrics if self._last else {}
         names = {f"train/{name}": None for result in results.values() for name in result.metrics}
+        names |= {SECONDS: None}
         algorithm = self._session.algorithm
         said = algorithm.report(round_.state, round_.number) if algorithm.report else {}
         numbers = {
@@ -474,7 +493,7 @@ class Reports:
 
 
 def _is_of_round(name: str) -> bool:
-    return name == "round" or name.startswith("train/")
+    return name in ("round", SECONDS) or name.startswith("train/")
 
 
 def _tells(path: str, history: Sequence[Mapping[str, float]]) -> bool:

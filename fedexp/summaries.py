@@ -47,8 +47,8 @@ class Writer:
       logdir: the folder; made if missing. It may be a URL, as s3://bucket/run.
       runs: sub-folders that are runs of their own, "" for `logdir` itself. TensorBoard draws what has the
         same tag in several runs into one chart.
-      resume_at: the first step this writer will write. TensorBoard then drops what an earlier,
-        killed run wrote for this and for later steps.
+      resume_at: the first step this writer will write, or that of each run. TensorBoard then drops what an
+        earlier, killed run wrote for this and for later steps.
 
     Raises:
       UserError: `logdir` cannot be written, at once. Every method raises it too, if writing in the
@@ -56,7 +56,11 @@ class Writer:
     """
 
     def __init__(
-        self, logdir: str | Path, *, runs: Sequence[str] = ("",), resume_at: int | None = None
+        self,
+        logdir: str | Path,
+        *,
+        runs: Sequence[str] = ("",),
+        resume_at: int | Mapping[str, int] | None = None,
     ) -> None:
         self._logdir = str(logdir)
         self._error: Exception | None = None
@@ -77,7 +81,8 @@ class Writer:
             log = _proto("event").SessionLog
             start = log(status=log.START)
             for run in [*runs, *runs]:
-                self._add(run, step=resume_at, session_log=start)
+                step = resume_at if isinstance(resume_at, int) else resume_at[run]
+                self._add(run, step=step, session_log=start)
         self._thread = threading.Thread(target=self._write_on, name="summaries", daemon=True)
         self._thread.start()
         atexit.register(self._finish)

@@ -13,7 +13,7 @@ import pytest
 from fedexp import config, runtime, summaries
 from fedexp.algorithms import fedavg
 from fedexp.checkpointing import Checkpointer, CheckpointPlan
-from fedexp.data import Sample, Sampler, uniform
+from fedexp.data import SECONDS, Sample, Sampler, uniform
 from fedexp.errors import UserError
 from fedexp.evaluation import Evaluate
 from fedexp.reporting import JsonLines, Observer, Progress, TensorBoard
@@ -105,6 +105,29 @@ def test_what_a_sampler_says_of_a_round_is_told(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
     assert [line["simulated/seconds"] for line in lines[:2]] == [0, 1]
     assert tensors(tmp_path)["training/simulated/late"] == {1: 2, 2: 2}
+
+
+def test_simulated_seconds_are_an_axis(tmp_path):
+    def sample(client_ids, seed, round):
+        return Sample(np.arange(3), infos={SECONDS: 10.5 * (round + 1)})
+
+    chosen = {"sampler": Sampler(3, sample), "observers": [TensorBoard()]}
+    run(tmp_path, 2, **chosen)
+    with summaries.Writer(tmp_path / "simulated" / "train") as killed:  # Before it saved again.
+        killed.scalars(31, {"loss/simulated_seconds": -1.0})
+    result = run(tmp_path, 4, **chosen)
+    found = {group: tensors(tmp_path / "simulated" / group) for group in ("train", "test")}
+    by_round = tensors(tmp_path / "train")["loss"]
+    assert found["train"]["loss/simulated_seconds"] == {
+        int(10.5 * round): loss for round, loss in by_round.items()
+    }
+    expected = {21: result.history[0]["test/mae"], 42: result.history[1]["test/mae"]}
+    assert found["test"]["mae/simulated_seconds"] == pytest.approx(expected)
+    final = json.loads((tmp_path / "final.json").read_text())
+    assert [row[SECONDS] for row in final["history"]] == [21.0, 42.0]
+    assert final["metrics"][SECONDS] == 42.0
+    run(tmp_path / "plain", observers=[TensorBoard()])
+    assert not (tmp_path / "plain" / "simulated").exists()
 
 
 def test_one_observer_may_observe_several_runs(tmp_path):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from fedexp.data import Batch, ClientBatching
 
@@ -142,16 +143,43 @@ class ForEachClient(Protocol):
 # --- What becomes of a client's update ----------------------------------------------------------
 
 
+class Code(NamedTuple):
+    """How the numbers of an update are written for their way to the server, a float32 each at first.
+
+    Attributes:
+      width: bits of each number that is sent.
+      scales: bits of what all of them are decoded with.
+      indices: bits that say which of them are sent.
+      sent: numbers that are; all if None.
+      support: pytree of bool like the value, where these are; None if all are sent.
+      final: whether the widths are of an entropy code, which nothing may change any more.
+    """
+
+    width: Any = 32.0
+    scales: Any = 0.0
+    indices: Any = 0.0
+    sent: Any = None
+    support: PyTree = None
+    final: bool = False
+
+    def bits(self, value: PyTree) -> jax.Array:
+        """() float32, what a value takes that is written so."""
+        sent = sum(leaf.size for leaf in jax.tree.leaves(value)) if self.sent is None else self.sent
+        return jnp.float32(self.width * sent + self.scales + self.indices)
+
+
 class Update(NamedTuple):
     """What a client sends.
 
     Attributes:
       value: a pytree, most often the change of the parameters.
       weight: () what the client counts for in a mean.
+      code: how the value is written, for the count of bits; a link that compresses replaces it.
     """
 
     value: PyTree
     weight: jax.Array
+    code: Code = Code()
 
 
 class Sent(NamedTuple):
@@ -163,6 +191,7 @@ class Sent(NamedTuple):
       each: a pytree, kept for every client: memory for the whole cohort.
       state: the client's next state; None without `init_client`.
       metrics: name -> scalar of this client.
+      bits: () float32 that the client sends, from a chain; of another one that reduces, those of its input.
     """
 
     update: Update | None = None
@@ -170,6 +199,7 @@ class Sent(NamedTuple):
     each: PyTree = ()
     state: PyTree = None
     metrics: Metrics = NOTHING
+    bits: jax.Array | None = None
 
 
 class Aggregated(NamedTuple):

@@ -136,6 +136,8 @@ def kept_client(
     if link.init_client is not None:
         who = f"Aggregator.client, {name_of(link.client)}, must return the client's next state"
         check_like(sent.state, own, who)
+    if link.reduces and sent.bits is None:
+        sent = sent._replace(bits=update.code.bits(update.value))
     return sent
 
 

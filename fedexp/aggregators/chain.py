@@ -52,6 +52,7 @@ def chain(*links: Aggregator) -> Aggregator:
             each=tuple(one.each for one in sent),
             state=None if client_state is None else tuple(one.state for one in sent),
             metrics=metrics,
+            bits=sent[-1].bits,
         )
 
     def server(state: PyTree, total: PyTree, each: PyTree, later: PyTree, cohort: Cohort, key):

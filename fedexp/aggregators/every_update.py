@@ -38,7 +38,8 @@ class Updates(NamedTuple):
     def squared_distances_to(self, point: PyTree) -> jax.Array:
         """(C,) squared L2 distances, over all arrays."""
         differences = jax.tree.map(lambda leaf, one: (leaf - one) ** 2, self.values, point)
-        return sum(leaf.reshape(len(leaf), -1).sum(axis=1) for leaf in jax.tree.leaves(differences))
+        sums = [leaf.reshape(len(leaf), -1).sum(axis=1) for leaf in jax.tree.leaves(differences)]
+        return jnp.stack(sums).sum(axis=0)
 
 
 def along(rows: jax.Array, leaf: jax.Array) -> jax.Array:

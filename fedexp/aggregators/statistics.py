@@ -7,7 +7,7 @@ import dataclasses
 import jax
 
 from fedexp.aggregators.mean import mean
-from fedexp.contracts import Aggregated, Aggregator, Cohort, PyTree, Sent, Update
+from fedexp.contracts import Aggregated, Aggregator, Code, Cohort, PyTree, Sent, Update
 from fedexp.errors import UserError
 from fedexp.promises import kept_client, kept_server
 from fedexp.tasks import join_statistics, split_statistics
@@ -37,9 +37,10 @@ def carrying_statistics(aggregator: Aggregator) -> Aggregator:
         trained, statistics = split_statistics(update.value)
         update = update._replace(value=trained)
         sent = kept_client(aggregator, state, update, client_state, key)
-        past = update._replace(value=statistics)
-        past = average.client((), past, None, key).total if statistics else ()
-        return sent._replace(total=(sent.total, past))
+        past = average.client((), Update(statistics, update.weight), None, key).total
+        assert sent.bits is not None
+        bits = sent.bits + Code().bits(statistics)
+        return sent._replace(total=(sent.total, past if statistics else ()), bits=bits)
 
     def server(
         state: PyTree, total: PyTree, each: PyTree, later: PyTree, cohort: Cohort, key: jax.Array

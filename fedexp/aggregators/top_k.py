@@ -7,11 +7,11 @@ import math
 import gin
 import jax
 import jax.numpy as jnp
-import optax
-from jax.flatten_util import ravel_pytree
 
-from fedexp.contracts import Aggregated, Aggregator, Sent
-from fedexp.errors import UserError
+from fedexp.aggregators.error_feedback import error_feedback as with_feedback
+from fedexp.aggregators.sparse import sending
+from fedexp.contracts import Aggregator
+from fedexp.errors import check
 
 
 @gin.configurable
@@ -19,8 +19,8 @@ def top_k(fraction: float = 0.01, error_feedback: bool = True) -> Aggregator:
     """Sends the entries of largest magnitude, over all arrays together, and zeros for the others.
 
     With error feedback a client adds to its update what it has not sent before (Stich et al. 2018,
-    arXiv:1809.07599, Algorithm 1; Karimireddy et al. 2019, arXiv:1901.09847): a state per client, of the
-    model's size. `aggregate/bits_up` counts, for the whole cohort, a float32 and the index of each entry.
+    arXiv:1809.07599, Algorithm 1): see `error_feedback`. Each entry takes ceil(log2(entries)) bits for its
+    index.
 
     Args:
       fraction: of the entries, rounded up.
@@ -29,25 +29,12 @@ def top_k(fraction: float = 0.01, error_feedback: bool = True) -> Aggregator:
     Raises:
       UserError: a fraction outside (0, 1].
     """
-    if not 0 < fraction <= 1:
-        raise UserError(f"top_k.fraction must be in (0, 1], got {fraction}")
+    check(0 < fraction <= 1, f"top_k.fraction must be in (0, 1], got {fraction}")
 
-    def client(state, update, client_state, key):
-        del state, key
-        value = update.value
-        if error_feedback:
-            value = jax.tree.map(jnp.add, value, client_state)
-        flat, unravel = ravel_pytree(value)
-        count = math.ceil(fraction * flat.size)
+    def select(flat: jax.Array, count: int, key: jax.Array):
+        del key
         _, index = jax.lax.top_k(jnp.abs(flat), count)
-        sent = unravel(jnp.zeros_like(flat).at[index].set(flat[index]))
-        rest = jax.tree.map(jnp.subtract, value, sent) if error_feedback else None
-        bits = count * (32 + math.ceil(math.log2(max(flat.size, 2))))
-        return Sent(update._replace(value=sent), total=jnp.float32(bits), state=rest)
+        return index, flat[index]
 
-    def server(state, total, each, later, cohort, key):
-        del each, cohort, key
-        return Aggregated(later, state, {"bits_up": total})
-
-    init_client = optax.tree.zeros_like if error_feedback else None
-    return Aggregator(client, server, init_client=init_client)
+    link = sending(select, fraction, lambda size: math.ceil(math.log2(max(size, 2))))
+    return with_feedback(link) if error_feedback else link

@@ -109,20 +109,21 @@ def aggregate(
         kept = client.state.aggregator if aggregator.init_client else None
         key = derive(client.key, Stream.AGGREGATION)
         sent = kept_client(aggregator, shared[1], update, kept, key)
-        return sent.total, (each, sent.each, sent.state, dict(sent.metrics))
+        return (sent.total, sent.bits), (each, sent.each, sent.state, dict(sent.metrics))
 
     key = derive(cohort.aggregation_key, Stream.AGGREGATION, for_each_client.calls)
-    total, (each, of_clients, client_states, per_client) = for_each_client(
+    (total, bits), (each, of_clients, client_states, per_client) = for_each_client(
         ClientWork(init, step, finish), (shared, state), cohort, pass_
     )
     result = kept_server(aggregator, state, total, of_clients, None, cohort, key)
     who = f"Aggregator.server, {name_of(aggregator.server)}, must return an update like a client's"
     check_like(result.update, sent_value[0], who, dtypes=False)
+    metrics = {"bits_up": bits, **result.metrics}
     return Aggregation(
         result.update,
         each,
         result.state,
         client_states,
-        {f"aggregate/{name}": value for name, value in result.metrics.items()},
+        {f"aggregate/{name}": value for name, value in metrics.items()},
         {f"clients/{name}": value for name, value in per_client.items()},
     )

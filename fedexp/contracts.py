@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from fedexp.data import Batch, ClientBatching
+from fedexp.data import Batch, ClientBatching, FederatedDataset
 
 PyTree = Any
 # A number, or a `tasks.Measure`: reported as its mean, and not at all where it has no weight.
@@ -297,6 +297,7 @@ class Algorithm:
       passes: name -> the passes that `round` goes through besides 'train'.
       personalise: how a client comes by parameters of its own; None if there is but one model.
       report: (state, rounds done) -> name -> number, on the host, with every evaluation.
+      check: raises UserError for a training split that does not fit, on the host, before anything else.
       evaluates: what `params` are, in a word or two, for tables.
     """
 
@@ -306,4 +307,5 @@ class Algorithm:
     passes: Mapping[str, Pass] = dataclasses.field(default_factory=dict)
     personalise: Personalisation | None = None
     report: Callable[[PyTree, int], Mapping[str, float]] | None = None
+    check: Callable[[FederatedDataset], None] = lambda train: None
     evaluates: str = "server's"

@@ -42,7 +42,6 @@ FILES = {
     "emnist_hypcluster.gin": ("hypcluster.start = 'kmeans++'",),
     "emnist_agnostic.gin": (),
     "emnist_pfedme.gin": (),
-    "emnist_per_fedavg.gin": (),
     "emnist_fedrep.gin": ("fedrep.head = 'bias'",),
 }
 PERSONAL = {
@@ -52,7 +51,6 @@ PERSONAL = {
     "emnist_ditto.gin",
     "emnist_hypcluster.gin",
     "emnist_pfedme.gin",
-    "emnist_per_fedavg.gin",
     "emnist_fedrep.gin",
 }
 

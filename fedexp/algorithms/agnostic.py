@@ -24,6 +24,7 @@ from fedexp.algorithms.local import (
 from fedexp.contracts import Algorithm, ClientWork, RoundOutput, full_pass
 from fedexp.errors import UserError, check
 from fedexp.tasks import Measure, Task, carrying_statistics
+from fedexp.tasks.checks import check_features, check_ids
 
 
 class ServerState(NamedTuple):
@@ -71,7 +72,8 @@ def agnostic(
       full_batch_size: examples a step of the pass for the domains' losses.
 
     Raises:
-      UserError: numbers out of range, or an unknown update.
+      UserError: numbers out of range, an unknown update or, of the engine, data without domains, or with
+        others.
     """
     check(num_domains >= 1, f"agnostic.num_domains must be at least 1, got {num_domains}")
     check(window >= 1, f"agnostic.window must be at least 1, got {window}")
@@ -144,5 +146,9 @@ def agnostic(
     def report(state, rounds):
         return {f"domains/{d}": float(w) for d, w in enumerate(np.asarray(state.domain_weights))}
 
-    passes = {"full": full_pass(full_batch_size)}
-    return Algorithm(init, round_, init_client(aggregator), passes, report=report)
+    def check_domains(train):
+        check_features("agnostic", train, {domain: 1})
+        check_ids(domain, train.features[domain], 0, num_domains, "set agnostic.num_domains to fit")
+
+    passes, first = {"full": full_pass(full_batch_size)}, init_client(aggregator)
+    return Algorithm(init, round_, first, passes, report=report, check=check_domains)

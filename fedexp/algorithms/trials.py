@@ -73,7 +73,8 @@ def trials(make: Callable[[Any], Algorithm], values: PyTree) -> Algorithm:
     def init_client(params: PyTree) -> PyTree:
         return jax.vmap(lambda trial: make(trial).init_client(params))(values)  # type: ignore
 
-    return Algorithm(init, round_, init_client if first.init_client else None, first.passes)
+    own = init_client if first.init_client else None
+    return Algorithm(init, round_, own, first.passes, check=first.check)
 
 
 def trial(number: int) -> Callable[[Task], Personalisation]:

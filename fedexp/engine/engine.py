@@ -64,6 +64,7 @@ class Engine:
             raise UserError(
                 f"an algorithm's passes may not be called {TRAIN!r}: that is the trainer's"
             )
+        algorithm.check(splits[TRAIN])
         self.strategy = strategy
         self.placement = strategy.placement
         self.seed = seed

@@ -108,3 +108,24 @@ def test_three_rounds_equal_numpy(strategy, update, window):
 def test_an_unknown_update_is_refused():
     with pytest.raises(UserError, match="'exponentiated', 'projected' or 'none', got 'eg'"):
         agnostic(linear.task(), K, optax.sgd(0.1), optax.sgd(1.0), 0.1, update="eg")
+
+
+@pytest.mark.parametrize(
+    ("num_domains", "feature", "message"),
+    [
+        (
+            2,
+            "domain",
+            r"'domain' must have ids in \[0, 2\), got 0 to 2; set agnostic.num_domains to fit",
+        ),
+        (3, "origin", "agnostic needs the features 'origin', the data set lacks 'origin'"),
+        (3, "y", "feature 'y' must hold integers in 1 dimensions, got float32"),
+    ],
+)
+def test_domains_that_have_no_weight_are_refused(num_domains, feature, message):
+    task = linear.task()
+    params = task.init(jax.random.key(0), None)
+    sgd = optax.sgd(0.1)
+    algorithm = agnostic(task, num_domains, sgd, sgd, DOMAIN_RATE, domain=feature)
+    with pytest.raises(UserError, match=message):
+        Engine(jit(), algorithm, dataset(), ClientBatching(), params=params, cohort_size=4, seed=0)

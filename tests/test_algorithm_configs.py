@@ -15,7 +15,6 @@ SMALL = [
     "glyphs.num_writers = 12",
     "classification.model = @EmnistLogistic()",
     "EmnistLogistic.num_classes = 62",
-    "uniform.cohort_size = 3",
     "evaluate.every = 2",
     "CheckpointPlan.every = 2",
     "train.observers = [@tensorboard()]",
@@ -43,7 +42,11 @@ FILES = {
     "emnist_agnostic.gin": (),
     "emnist_pfedme.gin": (),
     "emnist_fedrep.gin": ("fedrep.head = 'bias'",),
+    "emnist_fedavg_clock.gin": ("synchronous.cohort_size = 3", "synchronous.asked = 4"),
+    "emnist_fedbuff.gin": ("asynchronous.concurrency = 6", "asynchronous.arrivals = 3"),
+    "emnist_fedasync.gin": ("asynchronous.concurrency = 6",),
 }
+ON_A_CLOCK = {"emnist_fedavg_clock.gin", "emnist_fedbuff.gin", "emnist_fedasync.gin"}
 PERSONAL = {
     "emnist_apfl.gin",
     "emnist_fedper.gin",
@@ -60,7 +63,8 @@ PERSONAL = {
 def test_it_runs_and_resumes(name, tmp_path):
     def run(folder, num_rounds):
         gin.clear_config()
-        config.load([name], [*SMALL, *FILES[name], f"train.num_rounds = {num_rounds}"])
+        cohort = [] if name in ON_A_CLOCK else ["uniform.cohort_size = 3"]
+        config.load([name], [*SMALL, *cohort, *FILES[name], f"train.num_rounds = {num_rounds}"])
         return Experiment().run(tmp_path / folder)
 
     whole = run("whole", 4)

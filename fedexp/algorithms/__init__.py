@@ -7,8 +7,10 @@ from fedexp.algorithms.agnostic import agnostic as agnostic
 from fedexp.algorithms.apfl import apfl as apfl
 from fedexp.algorithms.ditto import ditto as ditto
 from fedexp.algorithms.ema import ema as ema
+from fedexp.algorithms.fedasync import fedasync as fedasync
 from fedexp.algorithms.fedavg import averaging as averaging
 from fedexp.algorithms.fedavg import fedavg as fedavg
+from fedexp.algorithms.fedbuff import fedbuff as fedbuff
 from fedexp.algorithms.feddyn import feddyn as feddyn
 from fedexp.algorithms.fednova import fednova as fednova
 from fedexp.algorithms.fedper import fedper as fedper

@@ -25,7 +25,9 @@ from fedexp.aggregators import (
 from fedexp.algorithms import (
     apfl,
     ditto,
+    fedasync,
     fedavg,
+    fedbuff,
     feddyn,
     fednova,
     fedper,
@@ -41,7 +43,7 @@ from fedexp.algorithms import (
     q_fedavg,
     scaffold,
 )
-from fedexp.data import ClientBatching, uniform
+from fedexp.data import ClientBatching, Clock, Sampler, asynchronous, uniform
 from fedexp.engine import Engine, Packing, debug, jit, mesh, pmap
 from fedexp.evaluation import ClientEvaluator, Evaluator
 from tests.support import linear
@@ -53,12 +55,14 @@ ROUNDS, COHORT = 4, 5
 EVERYWHERE = ("fedprox", "scaffold1", "scaffold2")
 # Compiling takes its time: the other algorithms run under these alone.
 WIDE = ("debug:1:1", "jit:1:3", "pmap:2:3", "mesh:2:3", "mesh:4:3")
+# Whose clients train from what they have fetched rounds ago.
+ASYNCHRONOUS = ("fedbuff", "fedasync")
 # Made of the same pieces as others.
 NARROW = {
     name: ("debug:1:1", "jit:1:3", "mesh:2:3")
     for name in (
         *("fednova", "feddyn", "q_fedavg", "ditto", "hypcluster", "kmeans++"),
-        *("pfedme", "per_fedavg", "fedrep", "fedsgd"),
+        *("pfedme", "per_fedavg", "fedrep", "fedsgd", *ASYNCHRONOUS),
     )
 }
 
@@ -89,6 +93,8 @@ def algorithms(task):
         "per_fedavg": per_fedavg(task, 0.05, sgd, server, delta=0.1),
         "fedrep": fedrep(task, "^b$", sgd, sgd, server, ClientBatching(3)),
         "fedsgd": fedsgd(task, optax.adam(0.1)),
+        "fedbuff": fedbuff(task, sgd, server, max_staleness=1),
+        "fedasync": fedasync(task, 0.6, sgd, rho=0.5),
     }
 
 
@@ -106,9 +112,17 @@ def strategy(name: str, devices: int, lanes: int, streamed: bool):
     return {"pmap": pmap, "mesh": mesh}[name](packing, devices)
 
 
-def run(task, algorithm, chosen, personal: bool) -> dict[str, np.ndarray]:
+def sampler_for(algorithm: str) -> Sampler:
+    """Cohorts of COHORT clients."""
+    if algorithm not in ASYNCHRONOUS:
+        return uniform(COHORT)
+    clock = Clock(seconds_per_example=1.0)
+    return asynchronous(clock, len(linear.SIZES), COHORT).bound_to(np.array(linear.SIZES))
+
+
+def run(task, algorithm, chosen, sampler: Sampler, personal: bool) -> dict[str, np.ndarray]:
     """Parameters, metrics, evaluation and client states after ROUNDS rounds."""
-    dataset, sampler = linear.dataset(), uniform(COHORT)
+    dataset = linear.dataset()
     params = task.init(jax.random.key(0), None)
     engine = Engine(
         chosen,
@@ -157,7 +171,8 @@ def main(output: str, *specs: str) -> None:
         for algorithm_name, algorithm in algorithms(task).items():
             if not runs(algorithm_name, spec):
                 continue
-            for key, value in run(task, algorithm, chosen, spec in WIDE).items():
+            sampler = sampler_for(algorithm_name)
+            for key, value in run(task, algorithm, chosen, sampler, spec in WIDE).items():
                 results[f"{spec} {algorithm_name} {key}"] = value
     if runtime.is_first():
         np.savez(output, **results)

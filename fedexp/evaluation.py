@@ -3,45 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import gin
 import jax
-import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
-from fedexp.compiling import jit
-from fedexp.contracts import (
-    TRAIN,
-    Algorithm,
-    ClientWork,
-    Pass,
-    Personalisation,
-    RoundOutput,
-    unstepped,
-)
-from fedexp.data import Batch, ClientBatching, FederatedDataset, FederatedSplits, Sample, Sampler
+from fedexp.contracts import TRAIN, Algorithm, Personalisation
+from fedexp.data import FederatedDataset, FederatedSplits, Sampler
 from fedexp.engine.engine import Engine
-from fedexp.engine.placement import Placement, one_device
-from fedexp.engine.preparing import Preparer
-from fedexp.engine.runner import Runner
 from fedexp.errors import UserError
-from fedexp.streams import Stream, derive, generator
-from fedexp.tasks import (
-    Measure,
-    Task,
-    add_by_segment,
-    confusion_counts,
-    masked_sums,
-    measures,
-    with_derived,
-)
+from fedexp.evaluators import ClientEvaluator as ClientEvaluator
+from fedexp.evaluators import Domain, with_percentiles
+from fedexp.evaluators import Evaluation as Evaluation
+from fedexp.evaluators import Evaluator as Evaluator
+from fedexp.streams import Stream, generator
+from fedexp.tasks import Task
+from fedexp.tasks.checks import CHECKED_ROWS, check_features, check_ids
 
 PyTree = Any
-# Clients that are measured in one dispatch hold a model each: no more than fit into this.
-_PERSONAL_BYTES = 256 << 20
-_MOST_CLIENTS = 256
 
 
 @gin.configurable("evaluate")
@@ -57,6 +39,12 @@ class Evaluate:
         those that the sampler keeps out of training, or the others.
       personalise: None measures the server's parameters. True measures every client with parameters of its
         own, as the algorithm has it; so does a function of the task, as `@fine_tuning`, in its own way.
+      gain: whether personalised clients are measured with the server's parameters, too: what they are before,
+        as 'accuracy/before', and what they gain, as 'accuracy/gain', over examples and of each client.
+      percentiles: of every metric over the clients, in percent, as 'accuracy/p10'.
+      domain: a feature (n,) of integers from 0, by which examples are measured apart, as 'accuracy/y3'; one
+        that is the same in all of a client's examples is an attribute of the client.
+      num_domains: how many of these there are.
       prefix: the group of its metrics; the split's name, with what else tells it apart, if None.
       batch_size: examples a device holds at once; if None, 32 on CPU, where small batches stay in the
         cache, and 256 elsewhere.
@@ -69,6 +57,10 @@ class Evaluate:
     every: int = 10
     clients: int | Literal["cohort", "held_out", "taking_part"] | None = None
     personalise: bool | Callable[[Task], Personalisation] | None = None
+    gain: bool = False
+    percentiles: Sequence[float] = ()
+    domain: str | None = None
+    num_domains: int | None = None
     prefix: str | None = None
     batch_size: int | None = None
 
@@ -85,6 +77,20 @@ class Evaluate:
             raise UserError(
                 f"evaluate.split must be one of {FederatedSplits._fields}, got {self.split!r}"
             )
+        if self.gain and not self.personalise:
+            raise UserError(
+                "evaluate.gain compares personal parameters with the server's; bind evaluate.personalise"
+            )
+        if not all(0 <= percentile <= 100 for percentile in self.percentiles):
+            raise UserError(
+                f"evaluate.percentiles must be between 0 and 100, got {self.percentiles}"
+            )
+        count = 1 if self.num_domains is None else self.num_domains
+        if (self.domain is None) != (self.num_domains is None) or count < 1:
+            raise UserError(
+                "evaluate.domain needs evaluate.num_domains, at least 1, and the other way round, got "
+                f"domain={self.domain!r}, num_domains={self.num_domains}"
+            )
 
     @property
     def name(self) -> str:
@@ -95,24 +101,40 @@ class Evaluate:
         name += f"_{self.clients}" if isinstance(self.clients, str) else ""
         return f"{name}_personal" if self.personalise else name
 
+    def metric_names(self, task: Task) -> list[str]:
+        """Names of its metrics, without the group."""
+        plain = ["loss", *task.metrics, *task.derived]
+        parts = ("/before", "/gain") if self.gain else ()
+        names = plain + [name + part for part in parts for name in plain]
+        spread = [f"{name}/p{p:g}" for name in names for p in self.percentiles]
+        domains = [
+            f"{name}/{self.domain}{d}" for name in plain for d in range(self.num_domains or 0)
+        ]
+        return names + spread + domains
+
     def is_due(self, done: int) -> bool:
         """Whether it takes place after `done` rounds, when it is not the end."""
         return bool(self.every) and done % self.every == 0
 
 
-class Evaluation(NamedTuple):
-    """The result of measuring some clients.
+class About(NamedTuple):
+    """What was measured, in words and numbers.
 
     Attributes:
-      metrics: name -> value over all examples (each example counts alike).
-      per_client: name -> (num_clients,) float64, NaN where a client has no weight.
-      confusion: (num_classes, num_classes) int64, rows are labels; None for tasks without classes, and for
-        clients with parameters of their own.
+      name: the group of the metrics.
+      split: whose examples.
+      clients: which of its clients.
+      parameters: which were measured.
+      num_clients: clients with examples there.
+      num_examples: theirs.
     """
 
-    metrics: dict[str, float]
-    per_client: dict[str, np.ndarray]
-    confusion: np.ndarray | None = None
+    name: str
+    split: str
+    clients: str
+    parameters: str
+    num_clients: int
+    num_examples: int
 
 
 class Bound(NamedTuple):
@@ -121,10 +143,12 @@ class Bound(NamedTuple):
     Attributes:
       measure: (server state, rounds done, the last round's cohort, whether of all clients) -> Evaluation.
       check: traces the evaluation of a server state, which does nothing else; raises what it would raise.
+      about: the last round's cohort -> what an evaluation of all clients measures.
     """
 
     measure: Callable[[PyTree, int, np.ndarray, bool], Evaluation]
     check: Callable[[PyTree], None]
+    about: Callable[[np.ndarray], About]
 
 
 def bind(
@@ -148,7 +172,8 @@ def bind(
       number: of the evaluation in the run, for its random choices.
 
     Raises:
-      UserError: a split that the data lack, an algorithm without personal parameters, or nobody to measure.
+      UserError: a split or a domain that the data lack, an algorithm without personal parameters, or nobody
+        to measure.
     """
     dataset = getattr(splits, plan.split)
     if dataset is None:
@@ -157,25 +182,103 @@ def bind(
             "from the training examples"
         )
     personal = _personalisation(plan, task, algorithm)
+    domain = _domain(plan, dataset)
     of_all, of_some = _whom(plan, dataset, splits.train, sampler, engine.seed, number)
+    parameters = algorithm.evaluates if personal is None else _own(plan)
+
+    def about(sizes: np.ndarray) -> About:
+        clients = _WORDS.get(plan.clients, "all")  # type: ignore  A number is all in the end.
+        counts = int((sizes > 0).sum()), int(sizes.sum())
+        return About(plan.name, plan.split, clients, parameters, *counts)
+
     if plan.clients == "cohort" or personal is not None:
-        by_client = ClientEvaluator(task, personal, engine, plan.split, plan.batch_size, number)
+        _check_joint(plan, dataset, splits.train)
+        by_client = ClientEvaluator(
+            task, personal, engine, plan.split, plan.batch_size, number, plan.gain, domain
+        )
         index_of = by_client.index_of(dataset.client_ids)
+        _tell_who_is_missing(plan, by_client.sizes, index_of[of_all])
+
+        def whom(cohort: np.ndarray, full: bool = True) -> np.ndarray:
+            if plan.clients == "cohort":
+                return cohort
+            return index_of[of_all if full else of_some]
 
         def measure_by_client(state, done, cohort, full):
-            if plan.clients == "cohort":
-                return by_client(state, done, cohort)
-            return by_client(state, done, index_of[of_all if full else of_some])
+            return with_percentiles(by_client(state, done, whom(cohort, full)), plan.percentiles)
 
-        return Bound(measure_by_client, by_client.check)
+        def about_clients(cohort: np.ndarray) -> About:
+            clients = whom(cohort)
+            return about(by_client.sizes[clients[clients >= 0]])
+
+        return Bound(measure_by_client, by_client.check, about_clients)
     evaluators = [
-        Evaluator(task, _selected(dataset, whom), plan.batch_size, engine.placement)
+        Evaluator(task, _selected(dataset, whom), plan.batch_size, engine.placement, domain)
         for whom in ((of_all,) if of_all is of_some else (of_all, of_some))
     ]
+
+    def measure(state, done, cohort, full):
+        return with_percentiles(evaluators[0 if full else -1](state.params), plan.percentiles)
+
     return Bound(
-        lambda state, done, cohort, full: evaluators[0 if full else -1](state.params),
+        measure,
         lambda state: evaluators[-1].check(state.params),
+        lambda cohort: about(np.asarray(dataset.client_sizes)[of_all]),
     )
+
+
+_WORDS = {
+    "cohort": "the cohort",
+    "held_out": "held out of training",
+    "taking_part": "taking part in training",
+}
+
+
+def _own(plan: Evaluate) -> str:
+    """Whose parameters a personalised evaluation measures."""
+    way = getattr(plan.personalise, "__name__", "")
+    return f"each client's, {way}" if way.isidentifier() else "each client's"
+
+
+def _domain(plan: Evaluate, dataset: FederatedDataset) -> Domain | None:
+    """What is measured apart.
+
+    Raises:
+      UserError: the data have no such integers.
+    """
+    if plan.domain is None or plan.num_domains is None:
+        return None
+    if plan.domain not in dataset.features:
+        raise UserError(
+            f"evaluate.domain is {plan.domain!r}, but the {plan.split} split has the features "
+            f"{sorted(dataset.features)}"
+        )
+    check_features("evaluate.domain", dataset, {plan.domain: 1})
+    seen = dataset.features[plan.domain][:CHECKED_ROWS]
+    remedy = "bind evaluate.num_domains to fit"
+    check_ids(plan.domain, seen, 0, plan.num_domains, remedy)
+    return Domain(plan.domain, plan.num_domains)
+
+
+def _check_joint(plan: Evaluate, dataset: FederatedDataset, train: FederatedDataset) -> None:
+    if not np.isin(dataset.client_ids, train.client_ids).any():
+        raise UserError(
+            f"the evaluation {plan.name!r} measures clients of the training split, none of which has "
+            f"examples in the {plan.split} split; @split_validation() makes one in which they have some"
+        )
+
+
+def _tell_who_is_missing(plan: Evaluate, sizes: np.ndarray, clients: np.ndarray) -> None:
+    without, strangers = int((sizes == 0).sum()), int((clients < 0).sum())
+    if (without or strangers) and jax.process_index() == 0:
+        logging.info(
+            "the evaluation %r leaves out %d clients of the training split that have no examples in the %s "
+            "split, and %d of the latter's that do not train",
+            plan.name,
+            without,
+            plan.split,
+            strangers,
+        )
 
 
 def _personalisation(plan: Evaluate, task: Task, algorithm: Algorithm) -> Personalisation | None:
@@ -218,234 +321,3 @@ def _whom(
 
 def _selected(dataset: FederatedDataset, clients: np.ndarray) -> FederatedDataset:
     return dataset if len(clients) == dataset.num_clients else dataset.select_clients(clients)
-
-
-def _summary(
-    task: Task, sums: dict[str, Measure], confusion: np.ndarray | None = None
-) -> Evaluation:
-    """Means over all examples and by client, of sums by client (num_clients,).
-
-    What nothing has weight in, as after an empty cohort, is left out; so is what derives from means, without
-    a loss.
-    """
-    metrics, per_client = {}, {}
-    for name, (values, weights) in sums.items():
-        values, weights = values.astype(np.float64), weights.astype(np.float64)
-        metrics[name] = float(values.sum() / max(weights.sum(), 1e-12))
-        per_client[name] = np.divide(
-            values, weights, out=np.full_like(values, np.nan), where=weights > 0
-        )
-    derived = {
-        name: float(value)
-        for name, value in with_derived(task, metrics).items()
-        if sums[name if name in sums else "loss"].weights.any()
-    }
-    of_clients = {k: np.asarray(v, np.float64) for k, v in with_derived(task, per_client).items()}
-    return Evaluation(derived, of_clients, confusion)
-
-
-class ClientEvaluator:
-    """Evaluates client by client, each where its state is, with parameters of its own or the server's.
-
-    Args:
-      task: model, loss and metrics.
-      personal: how a client comes by its parameters; the server's if None.
-      engine: of the run, with the clients' examples and states.
-      split: whose examples are measured.
-      batch_size: examples that are measured in one step; 128 if None.
-      number: of the evaluation in the run.
-    """
-
-    def __init__(
-        self,
-        task: Task,
-        personal: Personalisation | None,
-        engine: Engine,
-        split: str,
-        batch_size: int | None,
-        number: int,
-    ):
-        self._task = task
-        self._engine = engine
-        self._sizes = engine.data.split(split).sizes
-        personal = personal or unstepped(lambda state, client: state.params)
-        passes = {"measure": Pass(ClientBatching(batch_size or 128, shuffle=False), split)}
-        if personal.through is not None:
-            passes["personalise"] = personal.through
-        self._chunk = self._clients_at_once(personal)
-        self._preparer = Preparer(
-            engine.strategy,
-            engine.data,
-            passes,
-            cohort_size=self._chunk,
-            seed=engine.seed,
-            stream=(Stream.EVALUATION, number),
-        )
-        self._runner = Runner(
-            engine.strategy,
-            self._measuring(personal),
-            self._preparer,
-            engine.population,
-            root=derive(engine.root, Stream.EVALUATION, number),
-            client_ids=engine.data.client_ids,
-            client_states=engine.client_states,
-            donate=False,
-        )
-
-    def index_of(self, client_ids: np.ndarray) -> np.ndarray:
-        """Clients by their row in the training split, (n,) int64; -1 for one that it does not have."""
-        ids = self._engine.data.client_ids
-        order = np.argsort(ids)
-        place = np.minimum(np.searchsorted(ids, client_ids, sorter=order), len(ids) - 1)
-        return np.where(ids[order[place]] == client_ids, order[place], -1)
-
-    def __call__(self, state: PyTree, done: int, clients: np.ndarray) -> Evaluation:
-        """Measures those of the clients that have examples, after `done` rounds."""
-        clients = clients[clients >= 0]
-        clients = self._interleaved(clients[self._sizes[clients] > 0])
-        parts = [
-            self._measure(state, done, clients[begin : begin + self._chunk])
-            for begin in range(0, max(len(clients), 1), self._chunk)
-        ]
-        sums = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-        return _summary(self._task, sums)
-
-    def check(self, state: PyTree) -> None:
-        """Traces an evaluation, which raises what its functions raise of these shapes."""
-        anyone = np.flatnonzero(self._sizes > 0)[:1]
-        self._runner.trace(state, self._preparer.prepare(0, Sample(anyone)))
-
-    def _measure(self, state: PyTree, done: int, clients: np.ndarray) -> dict[str, Measure]:
-        prepared = self._preparer.prepare(done, Sample(clients))
-        output, _ = self._runner.run(state, prepared)
-        sums = dict(jax.device_get(output.per_client))
-        return jax.tree.map(lambda leaf: leaf[prepared.slots], sums)
-
-    def _clients_at_once(self, personal: Personalisation) -> int:
-        fit = _MOST_CLIENTS
-        if personal.through is not None:  # Every client's parameters wait for its examples.
-            fit = min(max(_PERSONAL_BYTES // self._engine.model_bytes, 1), _MOST_CLIENTS)
-        return min(fit * self._engine.placement.num_devices, self._engine.data.num_clients)
-
-    def _interleaved(self, clients: np.ndarray) -> np.ndarray:
-        """Takes the clients of all processes in turn, so that every dispatch has work for each."""
-        owner = self._engine.data.owner(clients)
-        rank = np.zeros(len(clients), np.int64)
-        for process in np.unique(owner):
-            rank[owner == process] = np.arange((owner == process).sum())
-        return clients[np.argsort(rank, kind="stable")]
-
-    def _measuring(self, personal: Personalisation) -> Callable[..., RoundOutput]:
-        def round_(state, cohort, for_each_client):
-            trained = None
-            if personal.through is not None:
-                _, trained = for_each_client(personal.work, state, cohort, "personalise")
-                clients = dataclasses.replace(cohort.clients, state=trained)
-                cohort = dataclasses.replace(cohort, clients=clients)
-
-            def init(state, client):
-                if trained is not None:
-                    return client.state, self._zeros()
-                _, params = personal.work.finish(state, personal.work.init(state, client), client)
-                return params, self._zeros()
-
-            def step(state, carry, batch, key):
-                params, sums = carry
-                outputs = self._task.apply(params, batch.examples, None)
-                measured = measures(self._task, outputs, batch.examples)
-                added = {name: masked_sums(m, batch.mask) for name, m in measured.items()}
-                return params, jax.tree.map(jnp.add, sums, added)
-
-            work = ClientWork(init, step, lambda state, carry, client: ((), carry[1]))
-            _, sums = for_each_client(work, state, cohort, "measure")
-            return RoundOutput((), per_client=sums)
-
-        return round_
-
-    def _zeros(self) -> dict[str, Measure]:
-        names = ("loss", *self._task.metrics)
-        return {name: Measure(jnp.zeros(()), jnp.zeros(())) for name in names}
-
-
-class Evaluator:
-    """Evaluates parameters on one data set, batch by batch; memory does not grow with the set.
-
-    The examples are spread over the devices of `placement`. With several processes, all make the same
-    calls, and each reads its own share.
-    """
-
-    def __init__(
-        self,
-        task: Task,
-        dataset: FederatedDataset,
-        batch_size: int | None = None,
-        placement: Placement | None = None,
-    ):
-        self._task = task
-        self._dataset = dataset
-        self._placement = placement or one_device()
-        self._share = -(-dataset.num_examples // self._placement.num_devices)
-        if batch_size is None:
-            batch_size = 32 if jax.default_backend() == "cpu" else 256
-        self._batch_size = min(batch_size, self._share)
-        self._step = jit(self._add_batch, donate_argnums=1)
-        self._total = jit(self._sum_over_devices)
-
-    def __call__(self, params: PyTree) -> Evaluation:
-        """Evaluates `params` on every example."""
-        sums = self._placement.split(self._zeros())
-        for batch, client in self._batches():
-            sums = self._step(params, sums, self._placement.arguments((batch, client)))
-        per_client, confusion = jax.device_get(self._total(sums))
-        confusion = confusion.astype(np.int64) if self._task.predict is not None else None
-        return _summary(self._task, per_client, confusion)
-
-    def check(self, params: PyTree) -> None:
-        """Traces an evaluation, which raises what its functions raise of these shapes."""
-
-        def of_all_devices(array: np.ndarray) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(
-                (self._placement.num_devices, *array.shape[1:]), array.dtype
-            )
-
-        parts = (self._zeros(), next(self._batches()))
-        self._step.eval_shape(params, *jax.tree.map(of_all_devices, parts))
-
-    def _zeros(self) -> PyTree:
-        """Sums of each of this process's devices: per metric and client, and the confusion."""
-        devices = len(self._placement.local)
-        per_client: Any = np.zeros((devices, self._dataset.num_clients), np.float32)
-        classes = (self._task.num_classes or 0) if self._task.predict else 0
-        confusion = np.zeros((devices, classes, classes), np.int32)
-        names = ("loss", *self._task.metrics)
-        return {name: Measure(per_client, per_client) for name in names}, confusion
-
-    def _batches(self) -> Iterator[tuple[Batch, np.ndarray]]:
-        """Yields (batch, client of each example), arrays (local devices, batch size, ...)."""
-        last = self._dataset.num_examples - 1
-        first = self._placement.local[:, None] * self._share
-        for begin in range(0, self._share, self._batch_size):
-            row = begin + np.arange(self._batch_size)
-            rows = first + row
-            mask = (row < self._share) & (rows <= last)
-            rows = np.minimum(rows, last)
-            yield Batch(self._dataset.gather(rows), mask), self._dataset.clients_of(rows)
-
-    def _add_batch(self, params: PyTree, sums: PyTree, batch: PyTree) -> PyTree:
-        def on_device(params, part):
-            (per_client, confusion), (batch, client) = part
-            outputs = self._task.apply(params, batch.examples, None)
-            per_client = {
-                name: add_by_segment(per_client[name], measure, batch.mask, client)
-                for name, measure in measures(self._task, outputs, batch.examples).items()
-            }
-            if self._task.predict:
-                labels, predictions = self._task.predict(outputs, batch.examples)
-                confusion += confusion_counts(labels, predictions, batch.mask, len(confusion))
-            return (), (per_client, confusion)
-
-        _, sums = self._placement.run(on_device, params, (sums, batch))
-        return sums
-
-    def _sum_over_devices(self, sums: PyTree) -> PyTree:
-        return self._placement.keep_replicated(jax.tree.map(lambda leaf: leaf.sum(axis=0), sums))

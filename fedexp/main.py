@@ -68,7 +68,11 @@ def main(argv: Sequence[str]) -> int:
     if runtime.is_first():
         for line in bindings.had_no_effect():
             absl_logging.warning("gin: %s", line)
-        progress.print_table(result.history)
+        about = [one._asdict() for one in result.about]
+        groups = [one.name for one in result.about]
+        progress.print_table([progress.without_parts(row, groups) for row in result.history])
+        if result.stopped_by is None:
+            progress.print_evaluations(result.rounds, about, result.metrics)
         if _WORKDIR.value and paths.is_remote(_WORKDIR.value):
             print(f"results are in {_WORKDIR.value}")
         elif _WORKDIR.value:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+_MOST_METRICS = 24  # Of an evaluation, in a table.
 
 
 class Reporter:
@@ -62,6 +66,20 @@ def describe(metrics: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
 
 
+def without_parts(metrics: Mapping[str, float], groups: Sequence[str]) -> dict[str, float]:
+    """Leaves out what evaluations tell of parts, as 'test/accuracy/p10'.
+
+    Args:
+      metrics: name -> value.
+      groups: of the evaluations.
+    """
+    return {
+        name: value
+        for name, value in metrics.items()
+        if name.rpartition("/")[0] in groups or not any(name.startswith(f"{g}/") for g in groups)
+    }
+
+
 def print_table(history: list[dict[str, float]]) -> None:
     """Prints a run's evaluations on stdout: a row each, or a column each where the metrics are many.
 
@@ -77,6 +95,44 @@ def print_table(history: list[dict[str, float]]) -> None:
         columns = [[_cell(row.get(name)) for name in names] for row in _thinned(history, 6)]
         lines = list(zip(names, *columns, strict=True))
     console.print(_table(lines))
+
+
+def print_evaluations(
+    rounds: int, about: Sequence[Mapping[str, Any]], metrics: Mapping[str, float]
+) -> None:
+    """Prints on stdout what the last evaluations were of, and what they have found.
+
+    Args:
+      rounds: finished.
+      about: of each evaluation its name, split, clients, num_clients, num_examples and parameters.
+      metrics: 'group/metric' -> value.
+    """
+    if not about:
+        return
+    table = Table(title=f"What was measured after round {rounds}", box=SIMPLE_HEAD)
+    for name in ("evaluation", "of", "parameters", "metric"):
+        table.add_column(name)
+    table.add_column("value", justify="right")
+    for one in about:
+        group = f"{one['name']}/"
+        found = {
+            name.removeprefix(group): value
+            for name, value in metrics.items()
+            if name.startswith(group)
+        }
+        shown = [*found.items()][:_MOST_METRICS]
+        names, values = [name for name, _ in shown], [_cell(value) for _, value in shown]
+        if more := len(found) - len(shown):
+            names.append(f"and {more} more")
+        table.add_row(
+            one["name"],
+            "{split}: {clients}\n{num_clients:,} clients\n{num_examples:,} examples".format(**one),
+            one["parameters"],
+            "\n".join(names),
+            "\n".join(values),
+            end_section=True,
+        )
+    Console(file=sys.stdout, highlight=False).print(table)
 
 
 def _thinned(history: list[dict[str, float]], most: int) -> list[dict[str, float]]:

@@ -142,6 +142,7 @@ class TensorBoard(Observer):
                 )
         self._task = task = session.setup.task
         self._measured = {"loss", *task.metrics, *task.derived}
+        self._measured.update(*session.metric_names().values())
         resume_at = dict.fromkeys(("", _TRAIN, *groups, _P10, _P90), done + 1)
         seconds = session.sample(max(done - 1, 0)).infos.get(SECONDS)
         if seconds is not None:
@@ -242,6 +243,7 @@ class Progress(Observer):
     """A bar and lines on stderr: a bar in a terminal, lines alone elsewhere."""
 
     def begin(self, session: Session, workdir: str | os.PathLike | None, done: int) -> None:
+        self._groups = [plan.name for plan in session.setup.evaluations]
         self._terminal = progress.Reporter(session.setup.num_rounds)
         self._terminal.start()
         if done:
@@ -263,7 +265,8 @@ class Progress(Observer):
         self._terminal.round(report.number, {**report.metrics, "s/round": seconds})
 
     def evaluation(self, report: EvaluationReport) -> None:
-        numbers = {name: value for name, value in report.row.items() if name != "round"}
+        whole = progress.without_parts(report.row, self._groups)
+        numbers = {name: value for name, value in whole.items() if name != "round"}
         self._terminal.evaluation(report.number, numbers)
 
     def close(self) -> None:
@@ -453,9 +456,12 @@ class Reports:
             observer.flush()
 
     def finish(
-        self, done: int, history: Sequence[Mapping[str, float]], stopped_early: str | None = None
+        self,
+        round_: Round,
+        history: Sequence[Mapping[str, float]],
+        stopped_early: str | None = None,
     ) -> None:
-        """Writes `final.json` once all rounds are done, or a run has stopped early, if there is news."""
+        """Writes `final.json` after a run's last round, if there is news, and says why that came early."""
         if stopped_early:
             self.say(stopped_early)
         if self._workdir is None or not runtime.is_first():
@@ -464,9 +470,10 @@ class Reports:
         if not self._round_seconds + self._evaluation_seconds and _tells(path, history):
             return
         final = {
-            "rounds": done,
+            "rounds": round_.number,
             **({"stopped_early": stopped_early} if stopped_early else {}),
             "metrics": history[-1] if history else {},
+            "evaluations": [about._asdict() for about in self._session.about(round_)],
             "history": history,
             "perf": self._perf(),
         }

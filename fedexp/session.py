@@ -18,7 +18,7 @@ from fedexp.contracts import TRAIN, Algorithm
 from fedexp.data import ClientBatching, FederatedDataset, FederatedSplits, Sample, Sampler, uniform
 from fedexp.engine import Engine, PreparedRound, Strategy, auto
 from fedexp.errors import UserError
-from fedexp.evaluation import Evaluate, Evaluation
+from fedexp.evaluation import About, Evaluate, Evaluation
 from fedexp.streams import Stream, derive
 from fedexp.tasks import Measure, Task
 
@@ -202,9 +202,7 @@ class Session:
 
     def metric_names(self) -> dict[str, list[str]]:
         """Group of an evaluation -> names of its metrics."""
-        task = self.setup.task
-        names = ["loss", *task.metrics, *task.derived]
-        return {plan.name: names for plan in self.setup.evaluations}
+        return {plan.name: plan.metric_names(self.setup.task) for plan in self.setup.evaluations}
 
     def rounds(
         self,
@@ -236,6 +234,10 @@ class Session:
             plans[i].name: self.evaluations[i].measure(round_.state, round_.number, cohort, full)
             for i in which
         }
+
+    def about(self, round_: Round) -> list[About]:
+        """What evaluations of all clients after a round measure, in their order."""
+        return [bound.about(self._cohort(round_)) for bound in self.evaluations]
 
     def check_evaluations(self) -> None:
         """Traces the evaluations, so that a mistake in one comes before training and not after it."""

@@ -14,6 +14,7 @@ import jax
 
 from fedexp import algorithms, config, models, profiling, runtime  # noqa: F401  For Gin's names.
 from fedexp.checkpointing import CheckpointPlan, Saved, Saver, import_ahead
+from fedexp.evaluation import About
 from fedexp.reporting import Observer, Progress, Reports, TensorBoard
 from fedexp.session import Round, Session, Setup
 from fedexp.sole_use import sole_use
@@ -31,6 +32,7 @@ class TrainResult(NamedTuple):
       history: one row per round with evaluations: 'round' and the metrics.
       rounds: finished rounds.
       stopped_by: the signal that stopped the run early, or None.
+      about: what each of the last evaluations measured.
     """
 
     params: PyTree
@@ -38,6 +40,7 @@ class TrainResult(NamedTuple):
     history: list[dict[str, float]]
     rounds: int
     stopped_by: int | None
+    about: Sequence[About] = ()
 
 
 def using(workdir: str | os.PathLike) -> contextlib.AbstractContextManager[None]:
@@ -158,9 +161,10 @@ class Experiment(Setup):
                     break
             saver.wait()
             if stopped_by is None:
-                reports.finish(round_.number, history, judge.over)
+                reports.finish(round_, history, judge.over)
         metrics = history[-1] if history else {}
-        return TrainResult(round_.params, metrics, history, round_.number, stopped_by)
+        about = session.about(round_)
+        return TrainResult(round_.params, metrics, history, round_.number, stopped_by, about)
 
     def _recorder(
         self, reports: Reports, workdir: Any, done: int

@@ -16,6 +16,7 @@ FLOORS = [
     {"reporting", "several", "stopping"},
     {"session"},
     {"evaluation"},
+    {"evaluators"},
     {"engine", "algorithms", "checkpointing", "summaries", "profiling", "progress"},
     {"aggregators", "mirror", "config", "runtime"},
     {"bindings"},

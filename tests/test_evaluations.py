@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 
 import jax
 import numpy as np
 import optax
 import pytest
 
-from fedexp.algorithms import apfl, fedavg, fine_tuning
+from fedexp.algorithms import apfl, ema, fedavg, fine_tuning
 from fedexp.checkpointing import Checkpointer, CheckpointPlan
 from fedexp.data import (
     ClientBatching,
@@ -21,7 +22,7 @@ from fedexp.data import (
     split_validation,
     uniform,
 )
-from fedexp.engine import Packing, jit
+from fedexp.engine import Packing, jit, mesh
 from fedexp.errors import UserError
 from fedexp.evaluation import Evaluate
 from fedexp.session import Session
@@ -49,7 +50,8 @@ def loss(theta: np.ndarray, dataset: FederatedDataset, clients) -> float:
     """The mean squared error over the examples of some clients."""
     squares = []
     for client in clients:
-        x, y = dataset.client(client).values()
+        data = dataset.client(client)
+        x, y = data["x"], data["y"]
         squares.extend((np.column_stack([x, np.ones(len(y))]) @ theta - y) ** 2)
     return float(np.mean(squares))
 
@@ -239,3 +241,140 @@ def test_an_evaluation_that_cannot_be_is_told_before_training(clients, monkeypat
         ).run()
     assert "tracing the evaluation 'test" in caught.value.__notes__[-1]
     assert not rounds
+
+
+def in_domains(seed: int) -> FederatedDataset:
+    """The linear problem, each example in one of the domains 0, 1 and 3."""
+    rng = np.random.default_rng(seed)
+    clients = linear.dataset(seed=seed).clients()
+    return FederatedDataset.from_clients(
+        {
+            name: {**data, "domain": rng.choice([0, 1, 3], len(data["y"])).astype(np.int32)}
+            for name, data in clients
+        }
+    )
+
+
+DOMAINS = {"domain": "domain", "num_domains": 5}
+
+
+@pytest.mark.parametrize("strategy", [jit, lambda: jit(Packing(lanes=3)), mesh])
+def test_gains_percentiles_and_domains_equal_numpy(strategy):
+    test = in_domains(1)
+    tuned_too = dataclasses.replace(FINE_TUNED, gain=True, percentiles=(10, 50), **DOMAINS)
+    setup = experiment(
+        Evaluate(percentiles=[90], **DOMAINS),
+        tuned_too,
+        splits=FederatedSplits(in_domains(0), test),
+        strategy=strategy(),
+    )
+    *_, round_ = setup.rounds()
+    theta = vector(jax.device_get(round_.params))
+    found = round_.evaluate()
+    own = [tuned(theta, client) for client in range(7)]
+    before = np.array([loss(theta, test, [c]) for c in range(7)])
+    after = np.array([loss(own[c], test, [c]) for c in range(7)])
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4)  # noqa: E731
+    close(found["test/loss/p90"], np.percentile(before, 90))
+    close(found["test_personal/loss/before"], found["test/loss"])
+    close(found["test_personal/loss/gain"], found["test_personal/loss"] - found["test/loss"])
+    for p in (10, 50):
+        close(found[f"test_personal/loss/p{p}"], np.percentile(after, p))
+        close(found[f"test_personal/loss/before/p{p}"], np.percentile(before, p))
+        close(found[f"test_personal/loss/gain/p{p}"], np.percentile(after - before, p))
+    squares = {"test": {0: [], 1: [], 3: []}, "test_personal": {0: [], 1: [], 3: []}}
+    for client, (_, data) in enumerate(test.clients()):
+        for group, params in (("test", theta), ("test_personal", own[client])):
+            errors = (data["x"] @ params[:3] + params[3] - data["y"]) ** 2
+            for domain, error in zip(data["domain"].tolist(), errors, strict=True):
+                squares[group][domain].append(error)
+    for group, by_domain in squares.items():
+        for domain, errors in by_domain.items():
+            close(found[f"{group}/loss/domain{domain}"], np.mean(errors))
+        assert not any(name.startswith(f"{group}/loss/domain{d}") for name in found for d in (2, 4))
+    result = round_.session.evaluate(round_, [1], full=True)["test_personal"]
+    np.testing.assert_allclose(result.per_client["loss/gain"], after - before, rtol=1e-3, atol=1e-5)
+    assert set(found) <= {
+        f"{group}/{name}"
+        for group, names in round_.session.metric_names().items()
+        for name in names
+    }
+
+
+def test_what_was_measured_is_said_in_words_and_numbers(tmp_path):
+    sampler = hold_out(uniform(3), 0.3)
+    held_out = sampler.held_out(linear.dataset().client_ids)
+    task = linear.task()
+    setup = experiment(
+        Evaluate(clients=2),
+        Evaluate(clients="held_out"),
+        Evaluate(clients="cohort", prefix="seen"),
+        FINE_TUNED,
+        Evaluate("train", prefix="own", personalise=lambda task: fine_tuning(task, optax.sgd(0.1))),
+        sampler=sampler,
+        algorithm=ema(task, fedavg(task, optax.sgd(RATE), optax.sgd(1.0)), 0.5),
+    )
+    result = setup.run(tmp_path)
+    sizes = TEST.client_sizes
+    about = {one.name: one for one in result.about}
+    average = "server's, averaged (EMA 0.5)"
+    assert about["test"] == ("test", "test", "all", average, 7, sizes.sum())
+    kept = (held_out.sum(), sizes[held_out].sum())
+    assert about["test_held_out"] == (
+        *("test_held_out", "test", "held out of training", average),
+        *kept,
+    )
+    cohort = [*setup.rounds()][-1].prepared.clients
+    assert about["seen"] == ("seen", "test", "the cohort", average, 3, sizes[cohort].sum())
+    assert about["own"].split == "train"
+    assert about["own"].num_examples == linear.dataset().num_examples
+    assert about["own"].parameters == "each client's"
+    final = json.loads((tmp_path / "final.json").read_text())
+    assert [one["name"] for one in final["evaluations"]] == [*about]
+
+
+def few_test_clients(*ids: str) -> FederatedSplits:
+    parts = dict(TEST.clients())
+    clients = {cid: parts.get(cid, TEST.client(0)) for cid in ids}
+    return FederatedSplits(linear.dataset(), FederatedDataset.from_clients(clients))
+
+
+def test_clients_without_test_examples_are_said_to_be_left_out(caplog):
+    with caplog.at_level(logging.INFO, "absl"):
+        experiment(FINE_TUNED, splits=few_test_clients("client1", "client5", "stranger")).run()
+    assert "'test_personal' leaves out 5 clients of the training split" in caplog.text
+    assert "and 1 of the latter's that do not train" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Evaluate(gain=True), "evaluate.gain compares personal parameters"),
+        (lambda: Evaluate(percentiles=[101]), "evaluate.percentiles must be between 0 and 100"),
+        (lambda: Evaluate(domain="y"), "evaluate.domain needs evaluate.num_domains"),
+        (lambda: Evaluate(num_domains=3), "evaluate.domain needs evaluate.num_domains"),
+        (lambda: Evaluate(domain="y", num_domains=0), "at least 1"),
+        (
+            lambda: experiment(Evaluate(domain="z", num_domains=2)).run(),
+            r"evaluate.domain is 'z', but the test split has the features \['x', 'y'\]",
+        ),
+        (
+            lambda: experiment(Evaluate(domain="y", num_domains=2)).run(),
+            "feature 'y' must hold integers in 1 dimension",
+        ),
+        (
+            lambda: experiment(
+                Evaluate(domain="domain", num_domains=3),
+                splits=FederatedSplits(in_domains(0), in_domains(1)),
+            ).run(),
+            r"'domain' must have ids in \[0, 3\), got 0 to 3; bind evaluate.num_domains",
+        ),
+        (
+            lambda: experiment(FINE_TUNED, splits=few_test_clients("stranger")).run(),
+            "none of which has examples in the test split; @split_validation",
+        ),
+    ],
+)
+def test_details_that_cannot_be_are_refused(build, message):
+    with pytest.raises(UserError, match=message):
+        build()

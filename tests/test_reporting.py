@@ -196,7 +196,10 @@ def test_what_a_checkpoint_covers_is_flushed_before_it(tmp_path, monkeypatch):
 
 def test_tensorboard_has_a_group_by_metric_and_all_else_after_them(tmp_path):
     """What is measured shares a chart: training with evaluations, the mean with percentiles."""
-    evaluations = [Evaluate(every=2), Evaluate("train", clients=2, prefix="some/few")]
+    evaluations = [
+        Evaluate(every=2, percentiles=(50,)),
+        Evaluate("train", clients=2, prefix="some/few"),
+    ]
     runs = ("train", "test", "some/few", "p10", "p90")
     for num_rounds in (2, 4):
         result = run(tmp_path, num_rounds, evaluations=evaluations, observers=[TensorBoard()])
@@ -207,6 +210,7 @@ def test_tensorboard_has_a_group_by_metric_and_all_else_after_them(tmp_path):
     shown = {name: tensors(tmp_path / name) for name in (".", *runs)}
     for name in ("loss", "mae"):
         assert [run for run in shown if name in shown[run]] == ["train", "test", "some/few"]
+        assert [run for run in shown if f"{name}/p50" in shown[run]] == ["test"]
         for group in ("train", "test", "some/few"):
             tag = f"{name}/{group}_clients"
             assert [run for run in shown if tag in shown[run]] == [group, "p10", "p90"]

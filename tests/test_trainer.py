@@ -497,7 +497,7 @@ def test_a_checkpoint_from_before_there_were_fingerprints_is_accepted(tmp_path, 
     save = Checkpointer.save
 
     def save_as_before(checkpointer, round_, state, metadata, metrics=None):
-        assert metadata.keys() == {"history", "best", "report", "data"}
+        assert metadata.keys() == {"history", "best", "report", "stall", "data"}
         metadata = {name: value for name, value in metadata.items() if name != "data"}
         save(checkpointer, round_, state, metadata, metrics)
 
@@ -600,6 +600,23 @@ def test_sampled_evaluation_on_the_way_and_full_evaluation_at_the_end():
     full = run(evaluations=[Evaluate(every=4)])
     assert result.history[-1] == full.history[-1]
     assert result.history[0]["test/loss"] != full.history[0]["test/loss"]
+
+
+def test_the_best_checkpoint_may_be_that_of_a_part(tmp_path):
+    """The metric's name has a slash of its own, and its group is the first evaluation's."""
+    plan = CheckpointPlan(best_metric="mae/p90", best_mode="max")
+    result = run(
+        tmp_path,
+        evaluations=[Evaluate(every=5, clients=3, percentiles=(90,))],
+        checkpoints=plan,
+        num_rounds=20,
+    )
+    checkpointer = Checkpointer(
+        tmp_path / "checkpoints", best_metric="test/mae/p90", best_mode="max"
+    )
+    best = max(result.history[:-1], key=lambda row: row["test/mae/p90"])
+    assert checkpointer.best() == best["round"]
+    checkpointer.close()
 
 
 def test_the_best_checkpoint_is_kept(tmp_path):

@@ -15,7 +15,7 @@ from fedexp.tasks.base import Features, Metric, Task
 from fedexp.tasks.checks import check_features, check_ids
 from fedexp.tasks.flax_task import Precision, flax_task
 from fedexp.tasks.images import Augment, Preprocess, pictures, scale
-from fedexp.tasks.metrics import accuracy, cross_entropy
+from fedexp.tasks.metrics import accuracy, cross_entropy, top_k_accuracy
 
 
 @gin.configurable
@@ -27,6 +27,7 @@ def classification(
     class_names: Sequence[str] | None = None,
     augment: Augment | None = None,
     compute_dtype: Precision = None,
+    top_k: Sequence[int] = (),
 ) -> Task:
     """The task of predicting feature 'y' (B,) from feature 'x' by minimising the cross-entropy.
 
@@ -40,14 +41,24 @@ def classification(
         evaluation. Random without touching what dropout draws.
       compute_dtype: 'bfloat16' computes the model in that, for accelerators that are faster at it; what is
         trained stays float32. See `flax_task`.
+      top_k: numbers k for which the share of labels among the k highest logits is reported, too, as
+        'top5_accuracy'.
 
     Raises:
-      UserError: names that do not fit num_classes. The task's `init` raises for a model whose logits do
-        not; its `check` for a data set without x or y, or with labels that are not integers in
-        [0, num_classes).
+      UserError: names that do not fit num_classes, or a k that is no number of classes. The task's `init`
+        raises for a model whose logits do not fit; its `check` for a data set without x or y, or with labels
+        that are not integers in [0, num_classes).
     """
     if class_names is not None and len(class_names) != num_classes:
         raise UserError(f"{num_classes} classes need as many names, got {len(class_names)}")
+
+    for k in top_k:
+        if not isinstance(k, int) or not 1 <= k <= num_classes:
+            raise UserError(
+                f"classification.top_k has {k!r}, but k must be between 1 and the {num_classes} classes"
+            )
+    measured = {"accuracy": accuracy()} if metrics is None else dict(metrics)
+    measured |= {f"top{k}_accuracy": top_k_accuracy(k) for k in top_k}
 
     def inputs(batch: Features, key: jax.Array | None) -> tuple[jax.Array]:
         x = jnp.asarray(batch["x"])
@@ -67,7 +78,7 @@ def classification(
         remedy="set the model's last layer or classification.num_classes",
         compute_dtype=compute_dtype,
         loss=cross_entropy(),
-        metrics={"accuracy": accuracy()} if metrics is None else dict(metrics),
+        metrics=measured,
         num_classes=num_classes,
         class_names=None if class_names is None else tuple(class_names),
         predict=lambda logits, batch: (batch["y"], logits.argmax(-1)),

@@ -32,12 +32,14 @@ def top_k_accuracy(k: int = 5) -> Metric:
     A label whose logit is NaN is never among them.
 
     Raises:
-      UserError: k is below 1.
+      UserError: k is below 1; from the metric, it is greater than the number of classes.
     """
     if k < 1:
         raise UserError(f"top_k_accuracy.k must be at least 1, got {k}")
 
     def metric(logits: jax.Array, batch: Features) -> Measure:
+        if k > logits.shape[-1]:
+            raise UserError(f"top_k_accuracy.k is {k}, but there are {logits.shape[-1]} classes")
         label, own = batch["y"][..., None], _of_label(logits, batch)[..., None]
         earlier = jnp.arange(logits.shape[-1]) < label
         ahead = ~(logits <= own) | ((logits == own) & earlier)

@@ -194,6 +194,23 @@ def test_measures_hold_the_loss_and_the_chosen_metrics():
     assert 0 <= masked_sums(found["top_2"], np.ones(6, bool)).values <= 6
 
 
+def test_top_k_accuracies_by_their_numbers():
+    task = classification(nn.Dense(3), num_classes=3, top_k=[1, 2])
+    logits = np.array([[3, 2, 1], [1, 3, 2], [2, 1, 3]], np.float32)
+    found = measures(task, logits, {"y": np.array([0, 2, 1], np.int32)})
+    assert list(found) == ["loss", "accuracy", "top1_accuracy", "top2_accuracy"]
+    for name, expected in (("accuracy", 1), ("top1_accuracy", 1), ("top2_accuracy", 2)):
+        assert masked_sums(found[name], np.ones(3, bool)).values == expected
+
+
+@pytest.mark.parametrize("k", [0, 4, 1.5])
+def test_a_k_that_is_no_number_of_classes_is_refused(k):
+    with pytest.raises(
+        UserError, match=f"top_k has {k}, but k must be between 1 and the 3 classes"
+    ):
+        classification(nn.Dense(3), num_classes=3, top_k=(k,))
+
+
 def test_init_names_the_shapes_of_a_model_that_does_not_fit():
     task = classification(EmnistLogistic(num_classes=10), num_classes=62)
     with pytest.raises(UserError, match=r"EmnistLogistic.*\(6, 28, 28, 1\).*\(6, 10\).*\(6, 62\)"):

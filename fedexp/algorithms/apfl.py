@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import gin
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -23,6 +24,7 @@ def apfl(
     server_optimizer: optax.GradientTransformation = gin.REQUIRED,
     alpha: float = 0.5,
     alpha_rate: float = 0.01,
+    per_layer: bool = False,
     aggregator: Aggregators = None,
     weigh_by: WeighBy = "examples",
 ) -> Algorithm:
@@ -37,6 +39,7 @@ def apfl(
       server_optimizer: SGD(1.0) in the paper.
       alpha: in [0, 1], where every client starts.
       alpha_rate: learning rate of alpha; 0 keeps it.
+      per_layer: whether every array of parameters has an alpha of its own, as in FedJAX.
       aggregator: of the changes of w; `mean()` if None.
       weigh_by: what a client counts for.
 
@@ -45,8 +48,18 @@ def apfl(
     """
     check((alpha >= 0) & (alpha <= 1), f"apfl.alpha must be in [0, 1], got {alpha}")
     check(alpha_rate >= 0, f"apfl.alpha_rate must not be negative, got {alpha_rate}")
-    first = of_trained(lambda params: {"v": params, "alpha": jnp.float32(alpha)})
-    mixture = of_trained(lambda own, w: optax.incremental_update(own["v"], w, own["alpha"]))
+
+    @of_trained
+    def first(params):
+        alphas = jax.tree.map(lambda leaf: jnp.float32(alpha), params)
+        return {"v": params, "alpha": alphas if per_layer else jnp.float32(alpha)}
+
+    @of_trained
+    def mixture(own, w):
+        v, alphas = own["v"], own["alpha"]
+        if not per_layer:
+            alphas = jax.tree.map(lambda leaf: alphas, v)
+        return jax.tree.map(lambda a, v, w: a * v + (1 - a) * w, alphas, v, w)
 
     def projected(updates, alpha):
         return optax.tree.sub(optax.tree.clip(optax.tree.add(alpha, updates), 0, 1), alpha)

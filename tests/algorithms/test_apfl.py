@@ -31,17 +31,21 @@ from tests.support.normalised import Normalised, clients_of_other_scales
 RATE, ALPHA_RATE, ALPHA = 0.05, 0.02, 0.3
 
 
-def reference() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(w, every client's v, every client's alpha) after the cohorts; clients weighed by examples."""
+def reference(per_layer: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(w, every client's v, its alpha of each entry) after the cohorts; clients weighed by examples."""
     w = first()
-    v, alpha = np.tile(w, (len(linear.SIZES), 1)), np.full(len(linear.SIZES), ALPHA)
+    v = np.tile(w, (len(linear.SIZES), 1))
+    alpha = np.full_like(v, ALPHA)
     for cohort in COHORTS:
         after, weights = [], []
         for client in cohort:
             local = w.copy()
             for x, y in batches(client):
                 mixed = gradient(x, y, alpha[client] * v[client] + (1 - alpha[client]) * local)
-                slope = (v[client] - local) @ mixed
+                slope = (v[client] - local) * mixed
+                layers = [[0, 1, 2], [3]] if per_layer else [[0, 1, 2, 3]]
+                for layer in layers:
+                    slope[layer] = slope[layer].sum()
                 own = gradient(x, y, local)
                 v[client] = v[client] - RATE * alpha[client] * mixed
                 alpha[client] = np.clip(alpha[client] - ALPHA_RATE * slope, 0, 1)
@@ -52,21 +56,26 @@ def reference() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return w, v, alpha
 
 
-def algorithm():
+def algorithm(per_layer: bool = False):
     sgd = optax.sgd(RATE)
-    return apfl(linear.task(), sgd, optax.sgd(1.0), ALPHA, ALPHA_RATE)
+    return apfl(linear.task(), sgd, optax.sgd(1.0), ALPHA, ALPHA_RATE, per_layer)
 
 
-@pytest.mark.parametrize("strategy", [jit, lambda: jit(Packing(lanes=3))])
-def test_three_rounds_equal_numpy(strategy):
-    engine, output = run(algorithm(), strategy())
-    w, v, alpha = reference()
+@pytest.mark.parametrize(
+    ("strategy", "per_layer"), [(jit, False), (lambda: jit(Packing(lanes=3)), True)]
+)
+def test_three_rounds_equal_numpy(strategy, per_layer):
+    engine, output = run(algorithm(per_layer), strategy())
+    w, v, alpha = reference(per_layer)
     assert not np.allclose(alpha, ALPHA)
     np.testing.assert_allclose(vector(output.state.params), w, rtol=1e-5, atol=1e-5)
     states = client_states(engine).own
     np.testing.assert_allclose(states["v"]["w"], v[:, :3], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(states["v"]["b"], v[:, 3], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(states["alpha"], alpha, rtol=1e-4, atol=1e-6)
+    found = states["alpha"] if per_layer else {"w": states["alpha"], "b": states["alpha"]}
+    np.testing.assert_allclose(found["w"], alpha[:, 0], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found["b"], alpha[:, 3], rtol=1e-4, atol=1e-6)
+    assert np.allclose(found["w"], found["b"]) != per_layer
 
 
 def test_personalised_evaluation_measures_each_client_with_its_mixture():

@@ -5,19 +5,24 @@ state's arrays named by their path (`params.Dense_0.kernel`), and `about`, a JSO
 metadata and every array's dtype, shape and checksum. What is found out about a round after it was saved, as
 by a long evaluation, is added in `added.json`.
 
+Client states are in checkpoints only if these are in a bucket: in a workdir of this machine they lie in a
+store next to the checkpoints, which keeps what every checkpoint refers to.
+
 Checkpoints in a bucket go through a `mirror`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import json
 import logging
 import os
 import threading
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -128,7 +133,7 @@ class Saver:
     Args:
       workdir: of the run; checkpoints lie in a folder of it.
       plan: what to keep.
-      client_states: of the algorithm; None if it has none. It has `save`, `template` and `load`.
+      client_states: of the algorithm, an `engine.ClientStates`; None if it has none.
       data: split -> what tells the data from others, as `FederatedDataset.fingerprint`.
     """
 
@@ -153,6 +158,9 @@ class Saver:
         self._best_metric = plan.best_metric
         self._saved = self._checkpointer.latest() if self._checkpointer else None
         self._is_waiting = False  # For the evaluations of the round that is saved.
+        self._stores: Path | None = None  # Of client states.
+        if workdir is not None and not paths.is_remote(workdir):
+            self._stores = Path(workdir) / "client_states"
 
     @property
     def latest(self) -> int | None:
@@ -179,9 +187,14 @@ class Saver:
         found = {name: getattr(saved, name) for name in ("history", "best", "report", "stall")}
         metrics = None if measured is None else {str(self._best_metric): measured}
         if self._saved != saved.done:
-            clients = self._client_states.save() if self._client_states else {}
+            about, clients, flush = {**found, "data": self._data}, {}, None
+            if self._client_states:
+                kept = self._checkpointer.rounds()
+                clients, about["client_states"], flush = self._client_states.commit(
+                    saved.done, kept
+                )
             state = {"server": saved.state, "clients": clients}
-            self._checkpointer.save(saved.done, state, {**found, "data": self._data}, metrics)
+            self._checkpointer.save(saved.done, state, about, metrics, elsewhere=flush)
         elif self._is_waiting and saved.report is None:
             self._checkpointer.add(saved.done, found, metrics)
         self._saved, self._is_waiting = saved.done, saved.report is not None
@@ -193,6 +206,8 @@ class Saver:
           UserError: it is of other data, or see `Checkpointer.restore`.
         """
         if self._checkpointer is None or self._saved is None:
+            if self._client_states and self._stores:
+                self._client_states.keep_in(self._stores, 0)
             return None
         clients = self._client_states.template() if self._client_states else {}
         template = {"server": state, "clients": clients}
@@ -205,11 +220,29 @@ class Saver:
                     "another --workdir"
                 )
         if self._client_states:
-            self._client_states.load(saved["clients"])
+            self._restore_clients(self._saved, saved["clients"], metadata.get("client_states"))
         report = metadata.get("report")
         self._is_waiting = report is not None
         history, best, stall = metadata["history"], metadata["best"], metadata.get("stall", ())
         return Saved(self._saved, saved["server"], history, best, report, stall)
+
+    def _restore_clients(self, round: int, saved: PyTree, store: str | None) -> None:
+        """Takes client states from a checkpoint, or from the store of that name."""
+        assert self._checkpointer
+        if store is None:
+            if self._stores:
+                self._client_states.keep_in(self._stores, round)
+            self._client_states.load(saved)
+        elif self._stores is None:
+            raise UserError(
+                f"the checkpoints in {self._workdir} need the folder client_states next to them, which is of "
+                "no use in a bucket; copy the workdir to this machine and go on there"
+            )
+        else:
+            try:
+                self._client_states.restore(self._stores, store, round, self._checkpointer.rounds())
+            except (OSError, ValueError) as error:
+                raise self._checkpointer.damaged(round, error) from error
 
     def wait(self) -> None:
         """Returns when the save under way is complete."""
@@ -278,7 +311,7 @@ class Checkpointer:
             raise self._cannot_write(error) from error
         try:
             self._manager = ocp.CheckpointManager(
-                folder, item_names=("state", "about"), options=options
+                folder, item_names=("state", "about", "elsewhere"), options=options
             )
         except Exception as error:
             raise UserError(
@@ -289,7 +322,7 @@ class Checkpointer:
             try:
                 self._note(round, self._about(round)["metrics"])
             except Exception as error:
-                raise self._damaged(round, error) from error
+                raise self.damaged(round, error) from error
 
     def save(
         self,
@@ -298,6 +331,7 @@ class Checkpointer:
         metadata: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
         force: bool = False,
+        elsewhere: Callable[[], None] | None = None,
     ) -> None:
         """Copies the state to the host, and writes it in the background.
 
@@ -311,6 +345,8 @@ class Checkpointer:
           metrics: this round's evaluation, if there was one. Without a (non-NaN) `best_metric` in
             it, the checkpoint does not take part in the choice of the best.
           force: replace the checkpoints of this and of later rounds, if there are any.
+          elsewhere: puts on the disk what the checkpoint refers to; called in the background, on every
+            process, before the checkpoint is complete.
 
         Raises:
           UserError: a checkpoint of this or of a later round exists and `force` is False; metrics
@@ -336,15 +372,14 @@ class Checkpointer:
                 self._manager.delete(later)
                 self._values.pop(later, None)
             self._note(round, tracked)
-            self._manager.save(
-                round,
-                args=args.Composite(
-                    # Orbax refuses arrays without elements; `about` says all there is to them.
-                    state=args.PyTreeSave({n: a for n, a in arrays.items() if a.size}),
-                    about=args.JsonSave(about),
-                ),
-                force=True,
-            )
+            # Orbax refuses arrays without elements; `about` says all there is to them.
+            items: dict[str, Any] = {
+                "state": args.PyTreeSave({n: a for n, a in arrays.items() if a.size}),
+                "about": args.JsonSave(about),
+            }
+            if elsewhere is not None:
+                items["elsewhere"] = _calling()(elsewhere)
+            self._manager.save(round, args=args.Composite(**items), force=True)
             if self._bucket:
                 self._bucket.push(round, self._manager)
         except UserError:
@@ -382,6 +417,11 @@ class Checkpointer:
         best = self._best_of([checkpoint.step for checkpoint in checkpoints])
         return [checkpoint.step == best for checkpoint in checkpoints]
 
+    def rounds(self) -> list[int]:
+        """All complete checkpoints' rounds, sorted; waits for a save under way."""
+        self.wait()
+        return sorted(self._manager.all_steps())
+
     def latest(self) -> int | None:
         """The round of the most recent checkpoint, or None; waits for a save under way."""
         self.wait()
@@ -410,7 +450,7 @@ class Checkpointer:
             naming the first leaf that differs.
         """
         self.wait()
-        rounds = sorted(self._manager.all_steps())
+        rounds = self.rounds()
         if not rounds or round not in (None, *rounds):
             wanted = "checkpoint" if round is None else f"checkpoint of round {round}"
             raise UserError(f"{self._directory} has no {wanted}; it has rounds {rounds}")
@@ -425,7 +465,7 @@ class Checkpointer:
             metadata = read.about["metadata"] | self._added(round).get("metadata", {})
             arrays = {name: _checked(name, read.state, *described[name]) for name in described}
         except Exception as error:
-            raise self._damaged(round, error) from error
+            raise self.damaged(round, error) from error
         plain = _fill(_without_keys(template), arrays, path)
         return jax.tree.map(_as_key, plain, template), metadata
 
@@ -477,7 +517,8 @@ class Checkpointer:
         value = float(metrics[self._best_metric])
         return None if np.isnan(value) else {self._best_metric: value}
 
-    def _damaged(self, round: int, error: Exception) -> UserError:
+    def damaged(self, round: int, error: Exception) -> UserError:
+        """What to raise of a checkpoint that cannot be read."""
         rounds = sorted(self._manager.all_steps())
         earlier = [r for r in rounds if r < round]
         go_on = f"go on from round {earlier[-1]}" if earlier else "start over"
@@ -492,6 +533,32 @@ class Checkpointer:
             f"Cannot write checkpoints to {self._directory}: {_first_line(error)}. "
             "Free space there, or choose another folder."
         )
+
+
+@functools.cache
+def _calling() -> Any:
+    """What makes Orbax call a function in the background, before it completes a checkpoint."""
+    import orbax.checkpoint as ocp
+
+    class Handler(ocp.AsyncCheckpointHandler):
+        async def async_save(self, directory: Any, args: Any) -> Any:
+            pool = ThreadPoolExecutor(1, thread_name_prefix="elsewhere")
+            call = pool.submit(args.function)
+            pool.shutdown(wait=False)
+            return [call]
+
+        def save(self, directory: Any, args: Any) -> None:
+            args.function()
+
+        def restore(self, directory: Any, args: Any = None) -> None:
+            pass
+
+    @ocp.args.register_with_handler(Handler, for_save=True, for_restore=True)
+    @dataclasses.dataclass
+    class Call(ocp.args.CheckpointArgs):
+        function: Callable[[], None]
+
+    return Call
 
 
 def _is_not_from_orbax(record: logging.LogRecord) -> bool:

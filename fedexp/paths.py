@@ -93,12 +93,12 @@ def replace(source: Path, target: Path) -> None:
     All of it is on the disk before it has its new name, so that a power cut leaves nothing in between.
     """
     for path in (*source.rglob("*"), source):
-        _sync(path)
+        sync(path)
     os.replace(source, target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Waits until the disk has a file's content, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

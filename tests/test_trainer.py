@@ -496,7 +496,7 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path, split, changed):
 def test_a_checkpoint_from_before_there_were_fingerprints_is_accepted(tmp_path, monkeypatch):
     save = Checkpointer.save
 
-    def save_as_before(checkpointer, round_, state, metadata, metrics=None):
+    def save_as_before(checkpointer, round_, state, metadata, metrics=None, elsewhere=None):
         assert metadata.keys() == {"history", "best", "report", "stall", "data"}
         metadata = {name: value for name, value in metadata.items() if name != "data"}
         save(checkpointer, round_, state, metadata, metrics)

@@ -674,7 +674,7 @@ def _work(channel: Connection, kind: Kind) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    paths._sync = lambda path: None  # Nothing here has to outlive a power cut.
+    paths.sync = lambda path: None  # Nothing here has to outlive a power cut.
     _digest_of_undamaged(kind)
     channel.send(None)
     while (asked := channel.recv()) is not None:

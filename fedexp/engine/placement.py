@@ -111,7 +111,8 @@ class Placement:
 
         def read(array: jax.Array) -> np.ndarray:
             shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
-            return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+            rows = [np.asarray(shards[start]) for start in sorted(shards)]
+            return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
         return jax.tree.map(read, tree)
 

@@ -19,7 +19,7 @@ KINDS = ("npz", "packed", "conversion", "leaf", "fedjax_sqlite", "vocabulary")
 @pytest.mark.parametrize("name", KINDS)
 def test_no_damage_is_a_traceback_or_overlooked(name, monkeypatch):
     monkeypatch.setenv("FEDEXP_CACHE", "set by each trial")
-    monkeypatch.setattr(files.paths, "_sync", lambda path: None)
+    monkeypatch.setattr(files.paths, "sync", lambda path: None)
     outcomes = collections.Counter()
     for number in range(25):
         outcome, message = files.trial(files.KINDS[name], 1, number)

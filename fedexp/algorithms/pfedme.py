@@ -48,7 +48,8 @@ def pfedme(
       num_steps: K.
       aggregator: of the changes of w; `mean()` if None.
       weigh_by: what a client counts for.
-      personal_batching: of that local round in evaluations; `ClientBatching()` as Gin binds it if None.
+      personal_batching: of that local round in evaluations; `ClientBatching()` as Gin binds it if None. theta
+        fits the last batch above all, which therefore should not be a small remainder.
 
     Raises:
       UserError: a number that is not positive.

@@ -27,6 +27,7 @@ from fedexp.errors import UserError
 # The parts of a row, each as (bytes,) uint8.
 Row = Sequence[np.ndarray]
 _NONE = -1
+_MOST_PARTS = 1000  # Of a system call; Linux takes 1024.
 
 
 class InMemory:
@@ -262,13 +263,16 @@ class _File:
         self._transfer(os.pwritev, row, offset)
 
     def _transfer(self, call: Callable[..., int], row: Row, offset: int) -> None:
-        for part in row:
-            left = part.data
-            while left.nbytes:
-                done = call(self._descriptor, [left], offset)
-                if done == 0:
-                    raise ValueError(f"{self.path} is cut short")
-                left, offset = left[done:], offset + done
+        left = [part.data for part in row if part.size]
+        while left:
+            done = call(self._descriptor, left[:_MOST_PARTS], offset)
+            if done == 0:
+                raise ValueError(f"{self.path} is cut short")
+            offset += done
+            while left and done >= left[0].nbytes:
+                done -= left.pop(0).nbytes
+            if done:
+                left[0] = left[0][done:]
 
     def content(self) -> bytes:
         content = np.empty(os.fstat(self._descriptor).st_size, np.uint8)

@@ -230,6 +230,29 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
     assert held(restored(tmp_path, "0-1", 1, [1])) == wanted
 
 
+def test_rows_of_many_parts_that_the_system_takes_bit_by_bit(tmp_path, monkeypatch):
+    """Linux reads and writes at most 2 GiB, and 1024 parts, in one call."""
+    calls = []
+
+    def some(call):
+        def partly(file, parts, offset):
+            calls.append(len(parts))
+            assert len(parts) <= 1024
+            return call(file, [part[: 1 + len(part) // 2] for part in parts[:1]], offset)
+
+        return partly
+
+    monkeypatch.setattr(os, "preadv", some(os.preadv))
+    monkeypatch.setattr(os, "pwritev", some(os.pwritev))
+    store = StateStore(tmp_path, "0-1", 0, range(9), 5 * 1500)
+    row = [np.random.default_rng(i).integers(0, 256, 5, np.uint8) for i in range(1500)]
+    store.write(4, row)
+    found = [np.zeros(5, np.uint8) for _ in row]
+    assert store.read(4, found)
+    np.testing.assert_array_equal(found, row)
+    assert len(calls) == 2 * 2 * 1500
+
+
 def test_files_have_the_layout_that_is_documented(tmp_path):
     store = StateStore(tmp_path, "0-1", 0, range(3, 9), 4)
     for client in (7, 4, 7):

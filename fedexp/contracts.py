@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from fedexp.data import Batch, ClientBatching, FederatedDataset
+from fedexp.traffic import Traffic
 
 PyTree = Any
 # A number, or a `tasks.Measure`: reported as its mean, and not at all where it has no weight.
@@ -131,12 +132,20 @@ class ForEachClient(Protocol):
 
     Attributes:
       calls: how many there have been in this round.
+      traffic: bits that go to and fro in it: all of `shared`, and a client's `total`. Who knows better passes
+        `counted=False`, and adds to it.
     """
 
     calls: int
+    traffic: Traffic
 
     def __call__(
-        self, work: ClientWork, shared: PyTree, cohort: Cohort, pass_: str = TRAIN
+        self,
+        work: ClientWork,
+        shared: PyTree,
+        cohort: Cohort,
+        pass_: str = TRAIN,
+        counted: bool = True,
     ) -> tuple[PyTree, PyTree]: ...
 
 
@@ -174,12 +183,12 @@ class Update(NamedTuple):
     Attributes:
       value: a pytree, most often the change of the parameters.
       weight: () what the client counts for in a mean.
-      code: how the value is written, for the count of bits; a link that compresses replaces it.
+      code: how the value is written, for the count of bits; `Code()` if None. A link that compresses says.
     """
 
     value: PyTree
     weight: jax.Array
-    code: Code = Code()
+    code: Code | None = None
 
 
 class Sent(NamedTuple):

@@ -17,6 +17,7 @@ from fedexp.contracts import (
     Aggregated,
     Aggregator,
     ClientWork,
+    Code,
     Cohort,
     PyTree,
     RoundOutput,
@@ -116,7 +117,7 @@ def kept_round(round_: Round) -> Round:
                     f"[{slots},...], got {_kind(leaf)}"
                 )
         _check_client_states(output.client_states, cohort.clients.state, who)
-        return output
+        return output._replace(metrics={**for_each_client.traffic.metrics(), **output.metrics})
 
     return kept
 
@@ -137,7 +138,7 @@ def kept_client(
         who = f"Aggregator.client, {name_of(link.client)}, must return the client's next state"
         check_like(sent.state, own, who)
     if link.reduces and sent.bits is None:
-        sent = sent._replace(bits=update.code.bits(update.value))
+        sent = sent._replace(bits=(update.code or Code()).bits(update.value))
     return sent
 
 

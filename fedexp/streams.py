@@ -12,6 +12,8 @@
                     DROPOUT, AUGMENT 0
                 CLIENT, 0            `client.key` in `init` and `finish`
                     CLIENT, AGGREGATION 0   instead, inside `aggregate`
+    ATTACKERS, 0                     of a seed of its own: who attacks
+        client                       that it does
     EVALUATION, number               as the root, for what an evaluation draws in its rounds
 
 A key is either drawn from or parent of others, never both: `jax.random.split(key, n)[i]` is
@@ -47,6 +49,7 @@ class Stream(enum.IntEnum):
     AUGMENT = 11
     HELD_OUT = 12
     CLOCK = 13
+    ATTACKERS = 14
 
 
 def derive(key: jax.Array, stream: Stream, index: int | jax.Array = 0) -> jax.Array:

@@ -26,7 +26,7 @@ FLOORS = [
     {"models"},
     {"data"},
     {"cache", "sole_use"},
-    {"paths", "streams", "compiling"},
+    {"paths", "streams", "compiling", "traffic"},
     {"errors"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}

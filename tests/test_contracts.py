@@ -229,7 +229,9 @@ def test_what_the_sampler_says_of_a_client_reaches_it(strategy):
         splits, TASK, algorithm, 2, Sampler(3, sample), strategy=strategy(), observers=[]
     )
     *_, round_ = setup.rounds()
-    assert round_.metrics == {"staleness": 5.5 + 3, "time/simulated_seconds": 10.0}
+    traffic = {"traffic/bits_up": 3 * 32, "traffic/bits_down": 0}
+    told = {"staleness": 5.5 + 3, "time/simulated_seconds": 10.0}
+    assert round_.metrics == {**traffic, **told}
     assert round_.per_client["staleness"].tolist() == [1.5, 3.0, 4.0]
     assert round_.per_client["domain"].tolist() == [1, 4, 6]
     assert round_.per_client["pair"].tolist() == [[1, -1], [4, -4], [6, -6]]

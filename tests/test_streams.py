@@ -64,15 +64,15 @@ def experiment(recorder: Recorder) -> Experiment:
     def round_(state, cohort, for_each_client):
         recorder.note("server", cohort.key)
 
-        def watched(work, shared, cohort, pass_="train"):
+        def watched(work, shared, cohort, pass_="train", counted=True):
             def work_init(shared, client):
                 recorder.note("client", client.key)
                 return work.init(shared, client)
 
             watched.calls = for_each_client.calls
-            return for_each_client(work._replace(init=work_init), shared, cohort, pass_)
+            return for_each_client(work._replace(init=work_init), shared, cohort, pass_, counted)
 
-        watched.calls = 0
+        watched.calls, watched.traffic = 0, for_each_client.traffic
         return algorithm.round(state, cohort, watched)
 
     return Experiment(

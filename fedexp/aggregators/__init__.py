@@ -1,5 +1,9 @@
 """What happens to client updates on their way to the server, one idea a file."""
 
+from fedexp.aggregators.attacked import a_little_is_enough as a_little_is_enough
+from fedexp.aggregators.attacked import attacked as attacked
+from fedexp.aggregators.attacked import gaussian_attack as gaussian_attack
+from fedexp.aggregators.attacked import sign_flip as sign_flip
 from fedexp.aggregators.bulyan import bulyan as bulyan
 from fedexp.aggregators.centred_clipping import centred_clipping as centred_clipping
 from fedexp.aggregators.chain import Aggregators as Aggregators

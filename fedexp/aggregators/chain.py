@@ -83,6 +83,11 @@ def as_aggregator(given: Aggregators) -> Aggregator:
 
     What is not trained, as BatchNorm's statistics, goes past it, and is averaged.
     """
+    return carrying_statistics(as_link(given))
+
+
+def as_link(given: Aggregators) -> Aggregator:
+    """The same, of updates without statistics."""
     if given is None:
         given = mean()
-    return carrying_statistics(given if isinstance(given, Aggregator) else chain(*given))
+    return given if isinstance(given, Aggregator) else chain(*given)

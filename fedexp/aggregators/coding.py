@@ -52,7 +52,7 @@ def quantizing(
 
     def client(state, update, client_state, key):
         del client_state
-        check_open(update.code)
+        code = open_code(update)
         rows, masks, back = _arrays(update) if rotation is None else rotation(update, key)
         values, bits = [], jnp.float32(0)
         for i, (row, mask) in enumerate(zip(rows, masks, strict=True)):
@@ -61,7 +61,7 @@ def quantizing(
             values.append(jnp.where(mask, value, 0))
             if coding == "entropy":
                 bits += jax.vmap(entropy_bits, (0, 0, None))(symbols, mask, num_symbols).sum()
-        code = update.code._replace(
+        code = code._replace(
             width=float(math.ceil(math.log2(num_symbols))),
             scales=32.0 * num_scales * sum(map(len, rows)),
         )
@@ -77,7 +77,7 @@ def quantizing(
 def _arrays(update: Update) -> tuple[list[jax.Array], list[jax.Array], Callable]:
     """Every array as a row, which of its entries are sent, and the way back."""
     leaves, structure = jax.tree.flatten(update.value)
-    support = update.code.support
+    support = (update.code or Code()).support
     everywhere = [jnp.ones((1, leaf.size), bool) for leaf in leaves]
     masks = everywhere if support is None else [m.reshape(1, -1) for m in jax.tree.leaves(support)]
 
@@ -102,14 +102,16 @@ def entropy_bits(symbols: jax.Array, mask: jax.Array, num_symbols: int) -> jax.A
     return total * entropy + histogram + 2
 
 
-def check_open(code: Code) -> None:
-    """Refuses to change numbers that a link has written in an entropy code, whose size was of those.
+def open_code(update: Update) -> Code:
+    """How an update is written, for a link that changes it.
 
     Raises:
-      UserError: they are.
+      UserError: in an entropy code, whose size is of the numbers as they are.
     """
+    code = update.code or Code()
     if code.final:
         raise UserError("a link with an entropy code must be the last that compresses")
+    return code
 
 
 def stochastic_round(place: jax.Array, key: jax.Array) -> jax.Array:

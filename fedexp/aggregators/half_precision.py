@@ -8,7 +8,7 @@ import gin
 import jax
 import jax.numpy as jnp
 
-from fedexp.aggregators.coding import check_open, passing
+from fedexp.aggregators.coding import open_code, passing
 from fedexp.contracts import Aggregator, Sent
 
 
@@ -22,9 +22,8 @@ def half_precision(dtype: Literal["bfloat16", "float16"] = "bfloat16") -> Aggreg
 
     def client(state, update, client_state, key):
         del state, client_state, key
-        check_open(update.code)
         value = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)).astype(x.dtype), update.value)
-        code = update.code._replace(width=16.0, scales=0.0)
+        code = open_code(update)._replace(width=16.0, scales=0.0)
         return Sent(update._replace(value=value, code=code))
 
     return Aggregator(client, passing)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from fedexp.aggregators.coding import Rotation
-from fedexp.contracts import PyTree, Update
+from fedexp.contracts import Code, PyTree, Update
 from fedexp.errors import check
 from fedexp.streams import Stream, derive
 
@@ -48,7 +48,7 @@ def _by_block(block: int, turning: Callable) -> Rotation:
 
     def rotation(update: Update, key: jax.Array):
         why = "a rotation would fill what another link has left out; bind it before that one"
-        check(update.code.support is None, why)
+        check((update.code or Code()).support is None, why)
         flat, unravel = ravel_pytree(update.value)
         size = min(block, 2 ** math.ceil(math.log2(max(flat.size, 2))))
         blocks = jnp.pad(flat, (0, -flat.size % size)).reshape(-1, size)

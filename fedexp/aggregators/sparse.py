@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from fedexp.aggregators.coding import check_open, passing
+from fedexp.aggregators.coding import open_code, passing
 from fedexp.contracts import Aggregator, Sent
 
 # (entries (n,), how many, key) -> (their indices, their values).
@@ -29,15 +29,13 @@ def sending(
 
     def client(state, update, client_state, key):
         del state, client_state
-        check_open(update.code)
+        code = open_code(update)
         flat, unravel = ravel_pytree(update.value)
         count = math.ceil(fraction * flat.size)
         index, values = select(flat, count, key)
         value = unravel(jnp.zeros_like(flat).at[index].set(values))
         sent = jax.tree.map(lambda leaf: leaf > 0, unravel(jnp.zeros_like(flat).at[index].set(1.0)))
-        code = update.code._replace(
-            indices=bits_of_index(flat.size) * count, sent=count, support=sent
-        )
+        code = code._replace(indices=bits_of_index(flat.size) * count, sent=count, support=sent)
         return Sent(update._replace(value=value, code=code))
 
     return Aggregator(client, passing)

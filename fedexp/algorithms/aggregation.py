@@ -113,17 +113,18 @@ def aggregate(
 
     key = derive(cohort.aggregation_key, Stream.AGGREGATION, for_each_client.calls)
     (total, bits), (each, of_clients, client_states, per_client) = for_each_client(
-        ClientWork(init, step, finish), (shared, state), cohort, pass_
+        ClientWork(init, step, finish), (shared, state), cohort, pass_, counted=False
     )
+    for_each_client.traffic.down(shared)
+    for_each_client.traffic.up(bits)
     result = kept_server(aggregator, state, total, of_clients, None, cohort, key)
     who = f"Aggregator.server, {name_of(aggregator.server)}, must return an update like a client's"
     check_like(result.update, sent_value[0], who, dtypes=False)
-    metrics = {"bits_up": bits, **result.metrics}
     return Aggregation(
         result.update,
         each,
         result.state,
         client_states,
-        {f"aggregate/{name}": value for name, value in metrics.items()},
+        {f"aggregate/{name}": value for name, value in result.metrics.items()},
         {f"clients/{name}": value for name, value in per_client.items()},
     )

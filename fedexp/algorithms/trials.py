@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from fedexp.contracts import (
     unstepped,
 )
 from fedexp.tasks import Task
+from fedexp.traffic import Traffic
 
 PyTree = Any
 
@@ -54,7 +56,10 @@ def trials(make: Callable[[Any], Algorithm], values: PyTree) -> Algorithm:
         def one(trial: Any, state: Any, client_states: PyTree) -> tuple[Any, ...]:
             clients = dataclasses.replace(cohort.clients, state=client_states)
             own = dataclasses.replace(cohort, clients=clients)
-            return tuple(make(trial).round(state, own, for_each_client))
+            calls = copy.copy(for_each_client)
+            calls.traffic = Traffic(cohort.size)
+            output = make(trial).round(state, own, calls)
+            return tuple(output._replace(metrics={**calls.traffic.metrics(), **output.metrics}))
 
         of_each = jax.vmap(one, in_axes=(0, 0, 1), out_axes=(0, 0, 0, 1))
         states, metrics, per_client, client_states = of_each(

@@ -106,6 +106,7 @@ def keeping_versions(name: str, algorithm: Algorithm, max_staleness: int) -> Alg
         staleness = cohort.clients.inputs["staleness"]
         on_time = staleness <= max_staleness
         cohort = cohort.with_inputs(version=(cohort.round - staleness) % rows, on_time=on_time)
+        for_each_client.traffic.untold(state.versions)  # Each fetches one, as long as `params`.
         output = run(state.server, cohort, for_each_client, state.versions)
         row = (cohort.round + 1) % rows
         versions = jax.tree.map(

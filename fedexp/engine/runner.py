@@ -22,6 +22,7 @@ from fedexp.engine.preparing import DeviceInputs, PreparedRound, Preparer
 from fedexp.engine.strategy import Strategy
 from fedexp.promises import kept_work
 from fedexp.streams import Stream, derive
+from fedexp.traffic import Traffic
 
 PyTree = Any
 Round = Callable[[PyTree, Cohort, "ForEachClient"], RoundOutput]
@@ -201,7 +202,9 @@ class Runner:
         device: DeviceInputs = by_device.unpack()
         root = jax.random.wrap_key_data(root, impl=self._root_type)
         key = derive(root, Stream.ROUND, header[0])
-        for_each_client = ForEachClient(self._strategy, self._preparer, device, examples, key)
+        for_each_client = ForEachClient(
+            self._strategy, self._preparer, device, examples, key, Traffic(header[1])
+        )
         first = next(iter(device.passes.values()))
         clients = Clients(
             index=device.index,
@@ -235,8 +238,10 @@ class ForEachClient:
         device: DeviceInputs,
         examples: dict[str, dict[str, jax.Array]],
         key: jax.Array,
+        traffic: Traffic,
     ):
         self.calls = 0
+        self.traffic = traffic
         self._strategy = strategy
         self._preparer = preparer
         self._device = device
@@ -244,7 +249,12 @@ class ForEachClient:
         self._key = key
 
     def __call__(
-        self, work: ClientWork, shared: PyTree, cohort: Cohort, pass_: str = TRAIN
+        self,
+        work: ClientWork,
+        shared: PyTree,
+        cohort: Cohort,
+        pass_: str = TRAIN,
+        counted: bool = True,
     ) -> tuple[PyTree, PyTree]:
         work, batch_sizes = kept_work(work), self._preparer.batch_sizes(pass_)
         inputs = self._device.passes[pass_]
@@ -266,6 +276,9 @@ class ForEachClient:
             shared,
             DeviceWork(inputs.schedule, self._examples[self._preparer.split_of(pass_)], clients),
         )
+        if counted:
+            self.traffic.down(shared)
+            self.traffic.up_by_each(total)
         return total, _flat(_gathered(placement, each))
 
 

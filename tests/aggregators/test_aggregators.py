@@ -109,7 +109,7 @@ def test_top_k_remembers_what_it_has_not_sent(strategy, error_feedback):
     aggregator = [top_k(0.5, error_feedback), mean()]
     moved, output, engine = one_round(aggregator, STRATEGIES[strategy](), cohorts=cohorts)
     np.testing.assert_allclose(moved, theta - first(), rtol=1e-5, atol=1e-6)
-    assert output.metrics["aggregate/bits_up"] == 3 * 2 * (32 + 2)
+    assert output.metrics["traffic/bits_up"] == 3 * 2 * (32 + 2)
     if not error_feedback:
         assert engine.client_states is None
         return

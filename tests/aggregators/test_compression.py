@@ -28,7 +28,7 @@ from fedexp.aggregators import (
 )
 from fedexp.aggregators.coding import entropy_bits
 from fedexp.aggregators.rotations import walsh_hadamard
-from fedexp.algorithms import fedavg, scaffold
+from fedexp.algorithms import fedavg, hypcluster, scaffold
 from fedexp.contracts import Aggregator, Update
 from fedexp.engine import Packing, jit
 from fedexp.errors import UserError
@@ -294,7 +294,7 @@ def test_error_feedback_of_signs_equals_numpy():
     for strategy in (jit(), jit(Packing(lanes=3))):
         found, metrics = moved([error_feedback(signs()), mean()], strategy)
         np.testing.assert_allclose(found, theta - first(), rtol=1e-5, atol=1e-6)
-        assert metrics["aggregate/bits_up"] == 3 * (4 + 2 * 32)
+        assert metrics["traffic/bits_up"] == 3 * (4 + 2 * 32)
 
 
 def test_ef21_equals_numpy():
@@ -311,7 +311,7 @@ def test_ef21_equals_numpy():
     for strategy in (jit(), jit(Packing(lanes=3))):
         found, metrics = moved([ef21(top_k(0.5, False)), mean()], strategy)
         np.testing.assert_allclose(found, theta - first(), rtol=1e-5, atol=1e-6)
-        assert metrics["aggregate/bits_up"] == 3 * 2 * (32 + 2)
+        assert metrics["traffic/bits_up"] == 3 * 2 * (32 + 2)
 
 
 def test_a_majority_vote():
@@ -326,7 +326,17 @@ def test_a_majority_vote():
 def test_scaffold_is_counted_too():
     algorithm = scaffold(linear.task(), RATE, aggregator=[quantize(16), mean()])
     _, output = run(algorithm, None, COHORTS)
-    assert output.metrics["aggregate/bits_up"] == 3 * 2 * (4 * 4 + 2 * 64)
+    assert output.metrics["traffic/bits_up"] == 3 * 2 * (4 * 4 + 2 * 64)
+    # Parameters and the server's control variate, once.
+    assert output.metrics["traffic/bits_down"] == 3 * 32 * (4 + 4)
+
+
+def test_what_needs_no_aggregator_is_counted_too():
+    _, output = run(fedavg(linear.task(), optax.sgd(RATE), optax.sgd(1.0)), None, COHORTS)
+    assert output.metrics["traffic/bits_up"] == output.metrics["traffic/bits_down"] == 3 * 32 * 4
+    algorithm = hypcluster(linear.task(), 2, optax.sgd(RATE), optax.sgd(1.0))
+    _, output = run(algorithm, None, COHORTS)
+    assert output.metrics["traffic/bits_down"] >= 3 * 2 * 32 * 4  # Both models.
 
 
 @pytest.mark.parametrize(

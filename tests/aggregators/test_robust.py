@@ -11,19 +11,27 @@ import optax
 import pytest
 
 from fedexp.aggregators import (
+    a_little_is_enough,
+    attacked,
     bulyan,
     centred_clipping,
+    clip_by_norm,
     coordinate_median,
+    gaussian_attack,
     geometric_median,
     krum,
+    mean,
+    sign_flip,
     trimmed_mean,
 )
 from fedexp.algorithms import fedavg
 from fedexp.contracts import Clients, Cohort, Update
+from fedexp.data import FederatedDataset, FederatedSplits, flipped_labels
+from fedexp.data.attackers import is_attacker
 from fedexp.engine import Packing, jit
 from fedexp.errors import UserError
 from tests.support import linear
-from tests.support.clients import first, run, vector
+from tests.support.clients import batches, first, gradient, run, vector
 
 SIZE = 11
 
@@ -200,6 +208,69 @@ def test_rounds_are_alike_wherever_they_run(name):
 def test_what_a_rule_cannot_bear_is_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+COHORT = (0, 1, 2, 3, 5, 6)
+
+
+def attackers(fraction: float, seed: int = 0) -> set[int]:
+    return {c for c in COHORT if is_attacker(c, fraction, seed)}
+
+
+def updates_of(cohort) -> np.ndarray:
+    """The client updates of a round of local SGD from the first parameters."""
+    changes = []
+    for client in cohort:
+        local = first()
+        for x, y in batches(client):
+            local -= 0.05 * gradient(x, y, local)
+        changes.append(local - first())
+    return np.array(changes)
+
+
+@pytest.mark.parametrize("strategy", [jit(), jit(Packing(lanes=3))])
+def test_attacks_change_the_updates_of_attackers_alone(strategy):
+    theirs = [i for i, c in enumerate(COHORT) if c in attackers(0.5, seed=3)]
+    assert theirs == [2, 3]
+    honest = updates_of(COHORT)
+
+    def moved(attack, rule):
+        aggregator = attacked(rule, attack, fraction=0.5, seed=3)
+        algorithm = fedavg(linear.task(), optax.sgd(0.05), optax.sgd(1.0), aggregator, "uniform")
+        _, output = run(algorithm, strategy, [COHORT])
+        assert output.metrics["aggregate/attackers"] == len(theirs)
+        return vector(output.state.params) - first()
+
+    flipped = honest.copy()
+    flipped[theirs] *= -3
+    small = honest.copy()
+    small[theirs] = honest[theirs].mean(axis=0) - 1.5 * honest[theirs].std(axis=0)
+    for attack, expected in ((sign_flip(3.0), flipped), (a_little_is_enough(1.5), small)):
+        np.testing.assert_allclose(moved(attack, None), expected.mean(axis=0), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            moved(attack, coordinate_median()), np.median(expected, axis=0), rtol=1e-5, atol=1e-6
+        )
+    # Within the rule, after clipping; what is clipped is what attackers send.
+    norms = np.linalg.norm(flipped, axis=1)
+    clipped = flipped * np.minimum(1, 0.5 / norms)[:, None]
+    found = moved(sign_flip(3.0), [clip_by_norm(0.5), mean()])
+    np.testing.assert_allclose(found, clipped.mean(axis=0), rtol=1e-5, atol=1e-6)
+    noisy = moved(gaussian_attack(0.01), None) - np.delete(honest, theirs, axis=0).sum(axis=0) / 6
+    assert 0 < np.abs(noisy).max() < 0.05
+
+
+def test_attackers_are_the_same_whatever_they_do():
+    train = linear.dataset()
+    features = {"y": np.arange(train.num_examples) % 5}
+    data = FederatedDataset(features, train.offsets, train.client_ids)
+    flipped = flipped_labels(FederatedSplits(data, data), 0.5, num_classes=5)
+    for client in range(train.num_clients):
+        label, before = flipped.train.client(client)["y"], data.client(client)["y"]
+        expected = 4 - before if is_attacker(client, 0.5, 0) else before
+        np.testing.assert_array_equal(label, expected)
+    np.testing.assert_array_equal(flipped.test.features["y"], features["y"])
+    share = np.mean([is_attacker(client, 0.3, 1) for client in range(400)])
+    assert abs(share - 0.3) < 4.5 * np.sqrt(0.3 * 0.7 / 400)
 
 
 def test_attackers_hardly_move_a_rule_that_holds():

@@ -113,6 +113,7 @@ def test_fedbuff(table, strategy, weight, factor, most):
     rounds = list(experiment(algorithm, sampler, strategy()).rounds())
     np.testing.assert_allclose(vector(rounds[-1].params), xs[-1], rtol=1e-5, atol=1e-5)
     assert [round_.metrics["train/discarded"] for round_ in rounds] == discarded
+    assert rounds[0].metrics["traffic/bits_down"] == 3 * 32 * 4  # One version each.
 
 
 @pytest.mark.parametrize(

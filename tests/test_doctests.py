@@ -1,4 +1,4 @@
-"""The examples in docstrings, and those of docs/algorithms.md."""
+"""The examples in docstrings, and those of docs/aggregators.md."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 from fedexp.aggregators import mean
 from fedexp.algorithms import fedavg
-from fedexp.contracts import Aggregated, Aggregator, Sent
+from fedexp.contracts import Aggregated, Aggregator, Code, Sent
 from tests.support import linear
 from tests.support.clients import run
 
@@ -33,13 +33,14 @@ def test_docstrings_show_what_happens(path):
 
 
 def test_the_aggregator_of_the_documentation_runs():
-    text = (REPOSITORY / "docs" / "algorithms.md").read_text()
+    text = (REPOSITORY / "docs" / "aggregators.md").read_text()
     source = re.search(r"```python\n(@gin.*?)```", text, re.DOTALL)[1]
     scope = {"gin": gin, "jax": jax, "jnp": jnp}
-    scope |= {"Aggregated": Aggregated, "Aggregator": Aggregator, "Sent": Sent}
+    scope |= {"Aggregated": Aggregated, "Code": Code, "Aggregator": Aggregator, "Sent": Sent}
     exec(source, scope)
     algorithm = fedavg(
-        linear.task(), optax.sgd(0.1), optax.sgd(1.0), aggregator=[scope["signs"](), mean()]
+        linear.task(), optax.sgd(0.1), optax.sgd(1.0), aggregator=[scope["above"](0.0), mean()]
     )
     _, output = run(algorithm)
-    assert output.metrics["aggregate/bits_up"] == 4 * 4
+    assert output.metrics["aggregate/entries"] == 4 * 4
+    assert output.metrics["traffic/bits_up"] == 4 * 4 * 64

@@ -12,7 +12,7 @@ PyTree = Any
 
 
 class Traffic:
-    """Counts a round's bits while it is traced, calls in a loop once; what depends on data, on the devices.
+    """Counts the bits of a round's calls, outside of loops, while it is traced.
 
     What clients can read counts once a round, however many calls it is given to. What they report beside
     what is summed over the cohort, as losses, does not count.

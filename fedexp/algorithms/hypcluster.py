@@ -182,16 +182,20 @@ def _check_enough(num_clusters: int, start: str, cohort: Cohort) -> None:
 def _far_apart(
     task: Task, work: ClientWork, cohort: Cohort, for_each_client: ForEachClient, models: PyTree
 ) -> PyTree:
-    """K models (K, ...) of clients that trained from the first of the given ones alone."""
+    """K models (K, ...) of clients that trained from the first of the given ones alone.
+
+    What goes to and fro for it is not counted: a round's bits are the same in all of them.
+    """
     alone = work._replace(finish=lambda shared, carry, client: ((), carry.params))
-    _, trained = for_each_client(alone, Shared(_chosen(models, 0)), cohort)
+    first = Shared(_chosen(models, 0))
+    _, trained = for_each_client(alone, first, cohort, counted=False)
     taken = jnp.finfo(jnp.float32).min
 
     def add(number, carry):
         models, worst, losses = carry
         client = jnp.argmax(jnp.where(cohort.real, worst, -jnp.inf))
         model = _chosen(trained, client)
-        _, found = for_each_client(full_loss(task), Shared(model), cohort, "full")
+        _, found = for_each_client(full_loss(task), Shared(model), cohort, "full", counted=False)
         losses = jnp.minimum(losses, found).at[client].set(taken)
         models = jax.tree.map(lambda all_, one: all_.at[number].set(one), models, model)
         return models, losses, losses

@@ -27,8 +27,9 @@ def bind(batching: ClientBatching) -> tuple[Engine, Any]:
     return engine, engine.start(params)
 
 
-def test_two_rounds_are_under_way_at_most():
+def test_two_rounds_are_under_way_at_most(monkeypatch):
     """Of many, virtual CPU devices that wait for each other would starve each other of threads."""
+    monkeypatch.setenv("XLA_FLAGS", "")  # Compiled as users do.
     # Dispatched in much less time than run.
     engine, state = bind(ClientBatching(4, local_steps=200_000))
     prepared = engine.prepare(0, np.arange(2))

@@ -268,6 +268,11 @@ class RoundOutput(NamedTuple):
     client_states: PyTree = None
 
 
+def with_frozen(state: PyTree, frozen: PyTree = None) -> PyTree:
+    """A server state with another `frozen`, if it has such an attribute; see `Algorithm.init`."""
+    return state._replace(frozen=frozen) if hasattr(state, "frozen") else state
+
+
 class Personalisation(NamedTuple):
     """How a client comes by parameters of its own, to be measured with.
 

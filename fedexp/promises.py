@@ -23,6 +23,7 @@ from fedexp.contracts import (
     RoundOutput,
     Sent,
     Update,
+    with_frozen,
 )
 from fedexp.errors import UserError
 
@@ -104,7 +105,7 @@ def kept_round(round_: Round) -> Round:
         if not isinstance(output, RoundOutput):
             raise _wrong("Algorithm.round", round_, "a RoundOutput", output)
         who = f"Algorithm.round, {name_of(round_)}, must return"
-        before, after = _without_frozen(state), _without_frozen(output.state)
+        before, after = with_frozen(state), with_frozen(output.state)
         check_like(after, before, f"{who} a state like the one it is given")
         for field in ("metrics", "per_client"):
             if not isinstance(getattr(output, field), Mapping):
@@ -211,7 +212,3 @@ def _kind(leaf: Any) -> str:
     except TypeError:
         return f"a {type(leaf).__name__}"
     return f"{dtype}[{','.join(map(str, jnp.shape(leaf)))}]"
-
-
-def _without_frozen(state: PyTree) -> PyTree:
-    return state._replace(frozen=None) if hasattr(state, "frozen") else state

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from fedexp import evaluation
+from fedexp.algorithms.wrapping import made
 from fedexp.contracts import TRAIN, Algorithm
 from fedexp.data import ClientBatching, FederatedDataset, FederatedSplits, Sample, Sampler, uniform
 from fedexp.engine import Engine, PreparedRound, Strategy, auto
@@ -167,7 +168,7 @@ class Session:
         self.splits = splits.present()
         for part in self.splits.values():
             task.check(part)
-        self.algorithm = self._algorithm()
+        self.algorithm = made(setup.algorithm, task, "train.algorithm")
         names = [plan.name for plan in setup.evaluations]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise UserError(f"two evaluations are called {twice[0]!r}; bind one's evaluate.prefix")
@@ -265,13 +266,6 @@ class Session:
         if round_.number == 0:
             return np.zeros(0, np.int64)
         return self.sample(round_.number - 1).clients
-
-    def _algorithm(self) -> Algorithm:
-        given = self.setup.algorithm
-        algorithm = given if isinstance(given, Algorithm) else given(self.setup.task)
-        if not isinstance(algorithm, Algorithm):
-            raise UserError(f"train.algorithm must be, or make, an Algorithm; got {algorithm!r}")
-        return algorithm
 
     def prepared(self, rounds: range) -> Iterator[tuple[PreparedRound, float]]:
         """Yields (prepared round, seconds waited for it); the next one is prepared meanwhile."""

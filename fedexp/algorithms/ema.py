@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fedexp.algorithms.wrapping import GivenAlgorithm, made
-from fedexp.contracts import Algorithm, Personalisation
+from fedexp.contracts import Algorithm, Personalisation, with_frozen
 from fedexp.errors import check
 from fedexp.tasks import Task
 
@@ -30,7 +30,7 @@ class ServerState(NamedTuple):
     @property
     def averaged(self) -> Any:
         """The average as a state of the algorithm."""
-        return _with_frozen(self.average, self.frozen)
+        return with_frozen(self.average, self.frozen)
 
 
 @gin.configurable
@@ -57,12 +57,12 @@ def ema(
 
     def init(params, key):
         state = inner.init(params, key)
-        bare = _with_frozen(state, None)
+        bare = with_frozen(state)
         return ServerState(bare, bare, getattr(state, "frozen", None))
 
     def round_(state, cohort, for_each_client):
-        output = inner.round(_with_frozen(state.trained, state.frozen), cohort, for_each_client)
-        trained = _with_frozen(output.state, None)
+        output = inner.round(with_frozen(state.trained, state.frozen), cohort, for_each_client)
+        trained = with_frozen(output.state)
         weight = (1 - decay) / (1 - decay ** (cohort.round + 1.0))
 
         def moved(mean, latest):
@@ -92,7 +92,3 @@ def _of_average(personal: Personalisation) -> Personalisation:
         finish=lambda state, *of_client: finish(state.averaged, *of_client),
     )
     return personal._replace(work=work)
-
-
-def _with_frozen(state: Any, frozen: Any) -> Any:
-    return state._replace(frozen=frozen) if hasattr(state, "frozen") else state

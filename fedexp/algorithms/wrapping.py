@@ -12,13 +12,13 @@ from fedexp.tasks import Task
 GivenAlgorithm = Algorithm | Callable[[Task], Algorithm]
 
 
-def made(given: GivenAlgorithm, task: Task) -> Algorithm:
-    """The algorithm that was given, or that the given function makes for a task.
+def made(given: GivenAlgorithm, task: Task, who: str = "an algorithm") -> Algorithm:
+    """The algorithm that was given as `who`, or that the given function makes for a task.
 
     Raises:
       UserError: it is, or makes, something else.
     """
     algorithm = given if isinstance(given, Algorithm) else given(task)
     if not isinstance(algorithm, Algorithm):
-        raise UserError(f"an algorithm must be, or make, an Algorithm; got {algorithm!r}")
+        raise UserError(f"{who} must be, or make, an Algorithm; got {algorithm!r}")
     return algorithm

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedexp.compiling import Compilations, jit, release_memory, run_once
-from fedexp.contracts import TRAIN, Clients, ClientWork, Cohort, RoundOutput
+from fedexp.contracts import TRAIN, Clients, ClientWork, Cohort, RoundOutput, with_frozen
 from fedexp.engine.client_states import ClientStates
 from fedexp.engine.loop import DeviceWork
 from fedexp.engine.packed_tree import PackedMapping
@@ -133,7 +133,7 @@ class Runner:
         """What a round's program is called with; see `body`."""
         frozen = getattr(state, "frozen", None)
         if frozen is not None:
-            state = _without_frozen(state)
+            state = with_frozen(state)
         header = np.array([prepared.round, len(prepared.clients)], np.int32)
         states = notes = None
         if self._client_states is not None:
@@ -224,7 +224,7 @@ class Runner:
             population=self._population.num_clients,
         )
         output = self._round(state, cohort, for_each_client)
-        output = output._replace(state=_without_frozen(output.state))
+        output = output._replace(state=with_frozen(output.state))
         return output, None if notes is None else notes.max()
 
 
@@ -316,7 +316,3 @@ def _gathered(placement: Placement, each: PyTree) -> PyTree:
 
 def _flat(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
-
-
-def _without_frozen(state: PyTree) -> PyTree:
-    return state._replace(frozen=None) if hasattr(state, "frozen") else state

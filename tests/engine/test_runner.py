@@ -31,7 +31,7 @@ def test_two_rounds_are_under_way_at_most(monkeypatch):
     """Of many, virtual CPU devices that wait for each other would starve each other of threads."""
     monkeypatch.setenv("XLA_FLAGS", "")  # Compiled as users do.
     # Dispatched in much less time than run.
-    engine, state = bind(ClientBatching(4, local_steps=200_000))
+    engine, state = bind(ClientBatching(4, local_steps=500_000))
     prepared = engine.prepare(0, np.arange(2))
     program, metrics, under_way = engine.runner._program, [], []
 

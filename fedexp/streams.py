@@ -12,6 +12,7 @@
                     DROPOUT, AUGMENT 0
                 CLIENT, 0            `client.key` in `init` and `finish`
                     CLIENT, AGGREGATION 0   instead, inside `aggregate`
+    AGGREGATION, i                   of a seed of its own: the first factor of PowerSGD's matrix i
     ATTACKERS, 0                     of a seed of its own: who attacks
         client                       that it does
     EVALUATION, number               as the root, for what an evaluation draws in its rounds

@@ -19,6 +19,7 @@ from fedexp.aggregators.half_precision import half_precision as half_precision
 from fedexp.aggregators.krum import krum as krum
 from fedexp.aggregators.mean import mean as mean
 from fedexp.aggregators.median import coordinate_median as coordinate_median
+from fedexp.aggregators.power_sgd import power_sgd as power_sgd
 from fedexp.aggregators.qsgd import qsgd as qsgd
 from fedexp.aggregators.quantize import quantize as quantize
 from fedexp.aggregators.random_k import random_k as random_k

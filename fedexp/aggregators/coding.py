@@ -106,11 +106,11 @@ def open_code(update: Update) -> Code:
     """How an update is written, for a link that changes it.
 
     Raises:
-      UserError: in an entropy code, whose size is of the numbers as they are.
+      UserError: in an entropy code, whose size is of the numbers as they are, or as factors.
     """
     code = update.code or Code()
     if code.final:
-        raise UserError("a link with an entropy code must be the last that compresses")
+        raise UserError("a link with an entropy code, or power_sgd, must be the last that compresses")
     return code
 
 

@@ -69,6 +69,7 @@ class Cohort:
       aggregation_key: parent of the aggregators' keys; `aggregate` looks after it.
       expected_size: clients that the sampler draws on average.
       population: clients that it draws from.
+      noise_multiplier: what `privacy.epsilon` asks of mechanisms that leave it open; None without.
     """
 
     round: jax.Array
@@ -79,6 +80,7 @@ class Cohort:
     aggregation_key: jax.Array
     expected_size: float = dataclasses.field(metadata={"static": True})
     population: int = dataclasses.field(metadata={"static": True})
+    noise_multiplier: float | None = dataclasses.field(default=None, metadata={"static": True})
 
     def with_inputs(self, **inputs: jax.Array) -> Cohort:
         """The same cohort, whose clients find these (C, ...) arrays among their inputs, too."""
@@ -134,10 +136,12 @@ class ForEachClient(Protocol):
       calls: how many there have been in this round.
       traffic: bits that go to and fro in it: all of `shared`, and a client's `total`. Who knows better passes
         `counted=False`, and adds to it.
+      releases: what its calls have told of the clients, one after another.
     """
 
     calls: int
     traffic: Traffic
+    releases: list[Release]
 
     def __call__(
         self,
@@ -147,6 +151,54 @@ class ForEachClient(Protocol):
         pass_: str = TRAIN,
         counted: bool = True,
     ) -> tuple[PyTree, PyTree]: ...
+
+
+# --- What hides a client -----------------------------------------------------------------------
+
+
+class Mechanism(NamedTuple):
+    """Gaussian noise that hides what one client adds.
+
+    Attributes:
+      noise_multiplier: its standard deviation over the norm of what one client sends.
+      kind: 'independent', drawn afresh every round; 'tree' or 'toeplitz', correlated over rounds; or 'local',
+        every client's own.
+      coefficients: of a Toeplitz matrix C, if the noise is C^-1 times independent noise.
+      num_rounds: how many it is good for; any number if None.
+      cohort_size: clients that it pretends to hide one among; those of the sampler if None.
+    """
+
+    noise_multiplier: float
+    kind: str = "independent"
+    coefficients: tuple[float, ...] = ()
+    num_rounds: int | None = None
+    cohort_size: float | None = None
+
+
+class Noise(NamedTuple):
+    """How an aggregator hides a client.
+
+    Attributes:
+      mechanism: cohort -> what it does.
+      norm: what the link before it must bound updates by; None if it does so itself.
+      on_sum: whether it is added to the sum of updates, and not to each of them.
+    """
+
+    mechanism: Callable[[Cohort], Mechanism]
+    norm: Any = None
+    on_sum: bool = True
+
+
+class Release(NamedTuple):
+    """Something that the server is told of the clients of a round.
+
+    Attributes:
+      what: in words, or the function that made it.
+      mechanism: what hides a client in it; None if nothing does.
+    """
+
+    what: str
+    mechanism: Mechanism | None = None
 
 
 # --- What becomes of a client's update ----------------------------------------------------------
@@ -237,7 +289,9 @@ class Aggregator:
       init: value -> first state, kept in the server's state. `value` is shaped like `Update.value`.
       init_client: value -> a client's first state; None if it keeps none.
       reduces: whether it makes one update of many, as the last link of a chain does.
-      private: whether it hides what a client sends; then nothing may be sent past it.
+      averages: whether it takes the mean of updates, by their weights.
+      bound: the L2 norm that no client's update exceeds after this link; None if it promises none.
+      noise: by which it hides what a client sends; then nothing may be sent past it. None if it does not.
     """
 
     client: Callable[[PyTree, Update, PyTree, jax.Array], Sent]
@@ -245,7 +299,9 @@ class Aggregator:
     init: Callable[[PyTree], PyTree] = lambda value: ()
     init_client: Callable[[PyTree], PyTree] | None = None
     reduces: bool = False
-    private: bool = False
+    averages: bool = False
+    bound: Any = None
+    noise: Noise | None = None
 
 
 # --- What an algorithm is -----------------------------------------------------------------------
@@ -313,6 +369,9 @@ class Algorithm:
       report: (state, rounds done) -> name -> number, on the host, with every evaluation.
       check: raises UserError for a training split that does not fit, on the host, before anything else.
       evaluates: what `params` are, in a word or two, for tables.
+      needs: inputs of clients that the sampler must give: name -> what a run without it is refused with.
+      heeds_rate: whether clients' input 'rate' makes a difference, as it does wherever there is
+        `local_training`.
     """
 
     init: Callable[[PyTree, jax.Array], PyTree]
@@ -323,3 +382,5 @@ class Algorithm:
     report: Callable[[PyTree, int], Mapping[str, float]] | None = None
     check: Callable[[FederatedDataset], None] = lambda train: None
     evaluates: str = "server's"
+    needs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    heeds_rate: bool = True

@@ -21,7 +21,7 @@ from fedexp.evaluators import Evaluation as Evaluation
 from fedexp.evaluators import Evaluator as Evaluator
 from fedexp.streams import Stream, generator
 from fedexp.tasks import Task
-from fedexp.tasks.checks import CHECKED_ROWS, check_features, check_ids
+from fedexp.tasks.checks import check_features, check_ids
 
 PyTree = Any
 
@@ -183,16 +183,18 @@ def bind(
         )
     personal = _personalisation(plan, task, algorithm)
     domain = _domain(plan, dataset)
-    of_all, of_some = _whom(plan, dataset, splits.train, sampler, engine.seed, number)
+    by_themselves = plan.clients == "cohort" or personal is not None
+    of_all, of_some = _whom(
+        plan, dataset, splits.train, sampler, engine.seed, number, by_themselves
+    )
     parameters = algorithm.evaluates if personal is None else _own(plan)
 
     def about(sizes: np.ndarray) -> About:
-        clients = _WORDS.get(plan.clients, "all")  # type: ignore  A number is all in the end.
+        clients = _words(plan)
         counts = int((sizes > 0).sum()), int(sizes.sum())
         return About(plan.name, plan.split, clients, parameters, *counts)
 
-    if plan.clients == "cohort" or personal is not None:
-        _check_joint(plan, dataset, splits.train)
+    if by_themselves:
         by_client = ClientEvaluator(
             task, personal, engine, plan.split, plan.batch_size, number, plan.gain, domain
         )
@@ -234,6 +236,11 @@ _WORDS = {
 }
 
 
+def _words(plan: Evaluate) -> str:
+    """Whose examples an evaluation measures."""
+    return _WORDS.get(plan.clients, "all")  # type: ignore  A number is all in the end.
+
+
 def _own(plan: Evaluate) -> str:
     """Whose parameters a personalised evaluation measures."""
     way = getattr(plan.personalise, "__name__", "")
@@ -254,18 +261,9 @@ def _domain(plan: Evaluate, dataset: FederatedDataset) -> Domain | None:
             f"{sorted(dataset.features)}"
         )
     check_features("evaluate.domain", dataset, {plan.domain: 1})
-    seen = dataset.features[plan.domain][:CHECKED_ROWS]
     remedy = "bind evaluate.num_domains to fit"
-    check_ids(plan.domain, seen, 0, plan.num_domains, remedy)
+    check_ids(plan.domain, dataset.features[plan.domain], 0, plan.num_domains, remedy)
     return Domain(plan.domain, plan.num_domains)
-
-
-def _check_joint(plan: Evaluate, dataset: FederatedDataset, train: FederatedDataset) -> None:
-    if not np.isin(dataset.client_ids, train.client_ids).any():
-        raise UserError(
-            f"the evaluation {plan.name!r} measures clients of the training split, none of which has "
-            f"examples in the {plan.split} split; @split_validation() makes one in which they have some"
-        )
 
 
 def _tell_who_is_missing(plan: Evaluate, sizes: np.ndarray, clients: np.ndarray) -> None:
@@ -299,13 +297,17 @@ def _whom(
     sampler: Sampler,
     seed: int,
     number: int,
+    by_themselves: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Whom the last evaluation measures, and those on the way: rows of `dataset`'s clients."""
+    """Whom the last evaluation measures, and those on the way: rows of `dataset`'s clients.
+
+    If each is measured where its state is, those on the way are clients of the training split.
+    """
     chosen = np.arange(dataset.num_clients)
+    taking_part = train.client_ids
+    if sampler.held_out is not None:
+        taking_part = taking_part[~sampler.held_out(train.client_ids)]
     if plan.clients in ("held_out", "taking_part"):
-        taking_part = train.client_ids
-        if sampler.held_out is not None:
-            taking_part = taking_part[~sampler.held_out(train.client_ids)]
         takes_part = np.isin(dataset.client_ids, taking_part)
         chosen = np.flatnonzero(takes_part == (plan.clients == "taking_part"))
         if not len(chosen):
@@ -313,10 +315,20 @@ def _whom(
                 f"evaluate.clients is {plan.clients!r}, but there is no such client in the "
                 f"{plan.split} split; train.sampler = @hold_out() holds some out"
             )
-    if not isinstance(plan.clients, int) or plan.clients >= len(chosen):
+    able = chosen
+    if by_themselves:
+        known = taking_part if plan.clients == "cohort" else train.client_ids
+        able = chosen[np.isin(dataset.client_ids[chosen], known)]
+        if not len(able):
+            raise UserError(
+                f"the evaluation {plan.name!r} measures clients of the training split ({_words(plan)}), none "
+                f"of which has examples in the {plan.split} split; @split_validation() makes one in which "
+                "they have some"
+            )
+    if not isinstance(plan.clients, int) or plan.clients >= len(able):
         return chosen, chosen
     rng = generator(Stream.EVALUATION, seed, number)
-    return chosen, np.sort(rng.choice(chosen, plan.clients, replace=False))
+    return chosen, np.sort(rng.choice(able, plan.clients, replace=False))
 
 
 def _selected(dataset: FederatedDataset, clients: np.ndarray) -> FederatedDataset:

@@ -175,7 +175,7 @@ class Session:
         batching, sizes = setup.batching, np.asarray(splits.train.client_sizes)
         examples = batching.num_examples(batching.limited(sizes))
         self._sampler = sampler = setup.sampler.bound_to(examples)
-        self.sample(0)  # Refuses what it cannot do.
+        _check_inputs(self.algorithm, self.sample(0))  # Which refuses what it cannot do.
         taking_part = splits.train.num_clients
         if sampler.held_out is not None:
             taking_part -= int(sampler.held_out(splits.train.client_ids).sum())
@@ -283,6 +283,18 @@ class Session:
                     pool.submit(prepare, later) for later in (number + 1,) if later in rounds
                 ]
                 yield prepared, waited
+
+
+def _check_inputs(algorithm: Algorithm, told: Sample) -> None:
+    """Whether the sampler tells of clients what the algorithm has to know, and nothing in vain."""
+    for name, refusal in algorithm.needs.items():
+        if name not in told.inputs:
+            raise UserError(refusal)
+    if "rate" in told.inputs and not algorithm.heeds_rate:
+        raise UserError(
+            "train.sampler gives clients a 'rate', but train.algorithm has no local training; bind one "
+            "that has"
+        )
 
 
 def _shapes(dataset: FederatedDataset) -> dict[str, tuple[int, ...]]:

@@ -346,6 +346,31 @@ def test_clients_without_test_examples_are_said_to_be_left_out(caplog):
     assert "and 1 of the latter's that do not train" in caplog.text
 
 
+def test_some_clients_on_the_way_are_some_that_can_be_measured():
+    strangers = [f"stranger{number}" for number in range(50)]
+    plan = dataclasses.replace(FINE_TUNED, every=1, clients=1)
+    setup = experiment(plan, splits=few_test_clients("client1", *strangers), num_rounds=2)
+    assert "test_personal/loss" in setup.run().history[0]
+
+
+HOLDING_OUT = hold_out(uniform(3), 0.3)
+OUT = HOLDING_OUT.held_out(TEST.client_ids)
+
+
+def of_clients(who: str, tested: np.ndarray, personalise=None) -> Experiment:
+    plan = Evaluate(clients=who, personalise=personalise)
+    splits = few_test_clients("stranger", *map(str, tested))
+    return experiment(plan, splits=splits, sampler=HOLDING_OUT)
+
+
+def late_domain() -> FederatedDataset:
+    """Of 5000 examples the last one is in domain 3."""
+    size = 5000
+    x, y = np.zeros((size, linear.DIMENSION), np.float32), np.zeros(size, np.float32)
+    domain = np.where(np.arange(size) < size - 1, 0, 3).astype(np.int32)
+    return FederatedDataset.from_clients({"client0": {"x": x, "y": y, "domain": domain}})
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -368,6 +393,22 @@ def test_clients_without_test_examples_are_said_to_be_left_out(caplog):
                 splits=FederatedSplits(in_domains(0), in_domains(1)),
             ).run(),
             r"'domain' must have ids in \[0, 3\), got 0 to 3; bind evaluate.num_domains",
+        ),
+        (
+            lambda: experiment(
+                Evaluate(domain="domain", num_domains=3),
+                splits=FederatedSplits(late_domain(), late_domain()),
+                sampler=uniform(1),
+            ).run(),
+            r"'domain' must have ids in \[0, 3\), got 0 to 3; bind evaluate.num_domains",
+        ),
+        (
+            lambda: of_clients("held_out", TEST.client_ids[~OUT], FINE_TUNED.personalise).run(),
+            r"\(held out of training\), none of which has examples in the test split; @split",
+        ),
+        (
+            lambda: of_clients("cohort", TEST.client_ids[OUT]).run(),
+            r"\(the cohort\), none of which has examples in the test split; @split_validation",
         ),
         (
             lambda: experiment(FINE_TUNED, splits=few_test_clients("stranger")).run(),

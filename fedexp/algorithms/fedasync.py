@@ -48,7 +48,7 @@ def fedasync(
       weigh_by: what a client counts for among several arrivals.
 
     Raises:
-      UserError: a number out of range; in the first round, a sampler that says nothing of staleness.
+      UserError: a number out of range; of the run, a sampler that says nothing of staleness.
     """
     check(0 < alpha <= 1, f"fedasync.alpha must be in (0, 1], got {alpha}")
     check(rho >= 0, f"fedasync.rho must not be negative, got {rho}")

@@ -46,7 +46,7 @@ def fedbuff(
       weigh_by: what a client counts for; in the paper, 'uniform'.
 
     Raises:
-      UserError: a negative max_staleness; in the first round, a sampler that says nothing of staleness.
+      UserError: a negative max_staleness; of the run, a sampler that says nothing of staleness.
     """
     training = local_training(task, client_optimizer, weigh_by, start=fetched)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import gin
 import jax
 import jax.numpy as jnp
@@ -45,4 +47,5 @@ def fedsgd(
         value, (_, sums) = jax.tree.map(jnp.negative, mean), carry
         return Update(value, weight(client, sums)), Trained(sums, optax.tree.norm(value))
 
-    return averaging(task, work._replace(finish=finish), server_optimizer, aggregator)
+    algorithm = averaging(task, work._replace(finish=finish), server_optimizer, aggregator)
+    return dataclasses.replace(algorithm, heeds_rate=False)

@@ -79,7 +79,15 @@ def trials(make: Callable[[Any], Algorithm], values: PyTree) -> Algorithm:
         return jax.vmap(lambda trial: make(trial).init_client(params))(values)  # type: ignore
 
     own = init_client if first.init_client else None
-    return Algorithm(init, round_, own, first.passes, check=first.check)
+    return Algorithm(
+        init,
+        round_,
+        own,
+        first.passes,
+        check=first.check,
+        needs=first.needs,
+        heeds_rate=first.heeds_rate,
+    )
 
 
 def trial(number: int) -> Callable[[Task], Personalisation]:

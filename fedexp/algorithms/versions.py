@@ -86,10 +86,14 @@ def keeping_versions(name: str, algorithm: Algorithm, max_staleness: int) -> Alg
       max_staleness: updates staler than this are discarded.
 
     Raises:
-      UserError: a negative max_staleness; from its round, a sampler that says nothing of staleness.
+      UserError: a negative max_staleness.
     """
     if max_staleness < 0:
         raise UserError(f"{name}.max_staleness must not be negative, got {max_staleness}")
+    untold = (
+        f"{name} must be told how stale each client is, as @asynchronous() does; bind "
+        "train.sampler to it"
+    )
     run: Any = algorithm.round
     rows = max_staleness + 1
 
@@ -98,11 +102,6 @@ def keeping_versions(name: str, algorithm: Algorithm, max_staleness: int) -> Alg
         return VersionedState(algorithm.init(params, key), versions)
 
     def round_(state, cohort, for_each_client):
-        if "staleness" not in cohort.clients.inputs:
-            raise UserError(
-                f"{name} must be told how stale each client is, as @asynchronous() does; bind "
-                "train.sampler to it"
-            )
         staleness = cohort.clients.inputs["staleness"]
         on_time = staleness <= max_staleness
         cohort = cohort.with_inputs(version=(cohort.round - staleness) % rows, on_time=on_time)
@@ -118,4 +117,5 @@ def keeping_versions(name: str, algorithm: Algorithm, max_staleness: int) -> Alg
             per_client={**output.per_client, "clients/staleness": staleness.astype(jnp.float32)},
         )
 
-    return dataclasses.replace(algorithm, init=init, round=round_)
+    needs = {"staleness": untold}
+    return dataclasses.replace(algorithm, init=init, round=round_, needs=needs)

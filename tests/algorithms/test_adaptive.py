@@ -12,15 +12,17 @@ from fedexp.algorithms import (
     fedavg,
     fedper,
     fedprox,
+    fedsgd,
     fine_tuning,
     hypcluster,
     scaffold,
     scheduled,
 )
-from fedexp.data import ClientBatching, FederatedSplits, fixed
+from fedexp.data import ClientBatching, FederatedSplits, Sample, Sampler, fixed
 from fedexp.engine import Packing, jit, mesh
 from fedexp.errors import UserError
 from fedexp.evaluation import Evaluate
+from fedexp.session import Session
 from fedexp.trainer import Experiment
 from tests.support import linear
 from tests.support.clients import COHORTS, batches, client_states, first, gradient, run, vector
@@ -158,10 +160,9 @@ def experiment(algorithm, *evaluations: Evaluate, rounds: int = 3, **options) ->
         TASK,
         algorithm,
         rounds,
-        fixed(COHORTS),
-        ClientBatching(4, shuffle=False),
+        batching=ClientBatching(4, shuffle=False),
         evaluations=list(evaluations),
-        **({"observers": []} | options),
+        **({"observers": [], "sampler": fixed(COHORTS)} | options),
     )
 
 
@@ -217,12 +218,27 @@ def test_wrapped_algorithms_resume(tmp_path):
     assert parts.metrics == whole.metrics
 
 
+SGD = fedsgd(TASK, optax.sgd(1.0))
+
+
+def with_rates(client_ids, seed, round):
+    return Sample(np.arange(2), {"rate": np.full(2, 0.5, np.float32)})
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: ema(TASK, PERSONAL["fedper"], 1.0), r"ema.decay must be in \[0, 1\), got 1.0"),
         (lambda: ema(TASK, PERSONAL["fedper"], -0.1), r"ema.decay must be in \[0, 1\), got -0.1"),
         (lambda: ema(TASK, lambda task: 3, 0.9), "must be, or make, an Algorithm; got 3"),
+        (
+            lambda: scheduled(TASK, ema(TASK, SGD, 0.9), HALVED),
+            "scheduled.algorithm has no local training, whose rates .*; bind the schedule to",
+        ),
+        (
+            lambda: Session(experiment(SGD, sampler=Sampler(2, with_rates))),
+            "train.sampler gives clients a 'rate', but train.algorithm has no local training",
+        ),
         (
             lambda: fedprox(TASK, 0.1, optax.sgd(1.0), optax.sgd(1.0), mu_step=-0.1),
             "fedprox.mu_step must not be negative",

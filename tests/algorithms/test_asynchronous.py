@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from fedexp.algorithms import Algorithm, fedasync, fedavg, fedbuff
+from fedexp.algorithms import Algorithm, ema, fedasync, fedavg, fedbuff
 from fedexp.algorithms.versions import constant_weight, hinge_weight, polynomial_weight
 from fedexp.data import (
     SECONDS,
@@ -16,6 +16,7 @@ from fedexp.data import (
     FederatedSplits,
     Sampler,
     asynchronous,
+    hold_out,
     synchronous,
     uniform,
 )
@@ -23,6 +24,7 @@ from fedexp.data.clock import exponential, lognormal
 from fedexp.engine import Packing, jit
 from fedexp.errors import UserError
 from fedexp.evaluation import Evaluate
+from fedexp.session import Session
 from fedexp.streams import Stream, derive
 from fedexp.trainer import Experiment
 from tests.support import linear
@@ -173,8 +175,14 @@ def test_any_algorithm_runs_on_the_clock():
         (lambda task, sgd: hinge_weight(-1.0), "hinge_weight.a must not be negative"),
         (lambda task, sgd: hinge_weight(1.0, -1), "hinge_weight.b must not be negative"),
         (
-            lambda task, sgd: last(experiment(fedbuff(task, sgd, sgd), uniform(3))),
+            lambda task, sgd: Session(experiment(fedbuff(task, sgd, sgd), uniform(3))),
             "fedbuff must be told how stale each client is, as @asynchronous",
+        ),
+        (
+            lambda task, sgd: Session(
+                experiment(ema(task, fedasync(task, 1.0, sgd), 0.5), hold_out(uniform(3), 0.3))
+            ),
+            "fedasync must be told how stale",
         ),
     ],
 )

@@ -145,7 +145,14 @@ def hypcluster(
     choosing = _losses(task, num_clusters)._replace(finish=finish_personal)
     personalise = Personalisation(choosing, passes["full"])
     first = init_client(aggregator, sent=lambda params: first_models(params, jax.random.key(0)))
-    return Algorithm(init, round_, first, passes, personalise)
+    return Algorithm(
+        init,
+        round_,
+        first,
+        passes,
+        personalise,
+        check=lambda train: _check_few(num_clusters, train.num_clients),
+    )
 
 
 def _losses(task: Task, num_clusters: int) -> ClientWork:
@@ -165,12 +172,16 @@ def _losses(task: Task, num_clusters: int) -> ClientWork:
     return ClientWork(init, step, finish)
 
 
-def _check_enough(num_clusters: int, start: str, cohort: Cohort) -> None:
+def _check_few(num_clusters: int, num_clients: int) -> None:
     check(
-        num_clusters <= cohort.population,
-        f"hypcluster.num_clusters is {num_clusters}, but there are {cohort.population} clients to cluster; "
-        "lower it",
+        num_clusters <= num_clients,
+        f"hypcluster.num_clusters is {num_clusters}, but there are {num_clients} clients to cluster; lower "
+        "it",
     )
+
+
+def _check_enough(num_clusters: int, start: str, cohort: Cohort) -> None:
+    _check_few(num_clusters, cohort.population)  # Those that are held out are not counted.
     check(
         start != "kmeans++" or num_clusters <= cohort.expected_size,
         f"hypcluster.start is 'kmeans++', which takes {num_clusters} models from the clients of the first "

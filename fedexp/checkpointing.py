@@ -117,6 +117,7 @@ class Saved(NamedTuple):
       report: what JSON can hold of a round whose evaluations are still to come; None once they are in
         `history`, and for a round without any.
       stall: what `stopping` has to remember, numbers or None.
+      totals: what is summed over all rounds so far, by name; None in checkpoints that do not know.
     """
 
     done: int
@@ -125,6 +126,7 @@ class Saved(NamedTuple):
     best: float | None
     report: dict[str, Any] | None = None
     stall: Sequence[Any] = ()
+    totals: Mapping[str, float] | None = None
 
 
 class Saver:
@@ -184,7 +186,9 @@ class Saver:
         """
         if not self._checkpointer:
             return
-        found = {name: getattr(saved, name) for name in ("history", "best", "report", "stall")}
+        found = {
+            name: getattr(saved, name) for name in ("history", "best", "report", "stall", "totals")
+        }
         metrics = None if measured is None else {str(self._best_metric): measured}
         if self._saved != saved.done:
             about, clients, flush = {**found, "data": self._data}, {}, None
@@ -224,7 +228,8 @@ class Saver:
         report = metadata.get("report")
         self._is_waiting = report is not None
         history, best, stall = metadata["history"], metadata["best"], metadata.get("stall", ())
-        return Saved(self._saved, saved["server"], history, best, report, stall)
+        totals = metadata.get("totals")
+        return Saved(self._saved, saved["server"], history, best, report, stall, totals)
 
     def _restore_clients(self, round: int, saved: PyTree, store: str | None) -> None:
         """Takes client states from a checkpoint, or from the store of that name."""

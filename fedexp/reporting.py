@@ -111,6 +111,9 @@ class Observer:
         """The run ends, in whatever way."""
 
 
+# Metric of a round -> the name of its sum over all rounds so far.
+TOTALS = {f"traffic/bits_{way}": f"traffic/total_bits_{way}" for way in ("up", "down")}
+
 # TensorBoard's runs, sub-folders of the workdir, besides one for every evaluation and the workdir itself.
 _TRAIN, _P10, _P90 = "train", "p10", "p90"
 _SIMULATED = "simulated"
@@ -321,6 +324,7 @@ class Reports:
 
     Attributes:
       note: the highest `Round.note` so far.
+      totals: name -> sum over all rounds so far, those before a resume included; None if they are not known.
     """
 
     def __init__(
@@ -330,8 +334,10 @@ class Reports:
         workdir: str | os.PathLike | None,
         done: int,
         latest_checkpoint: Callable[[], int | None] = lambda: None,
+        totals: Mapping[str, float] | None = None,
     ):
         self.note = 0
+        self.totals = None if totals is None else dict(totals)
         self._session = session
         self._workdir = workdir
         self._done = done
@@ -394,6 +400,10 @@ class Reports:
         if not round_.is_finite():
             for name, value in round_.measured().items():
                 _check_finite(round_.number, name, value, self._kept())
+        if self.totals is not None:
+            for name in TOTALS.keys() & metrics.keys():
+                before = self.totals.get(TOTALS[name], 0.0)
+                self.totals[TOTALS[name]] = before + float(metrics[name])
         self._round_seconds.append(seconds)
         prepared = round_.prepared
         assert prepared is not None  # Only rounds that have been sent are expected.
@@ -435,6 +445,7 @@ class Reports:
             **{name: trained[name] for name in names if name in trained},
             **values,
             **{name: float(value) for name, value in said.items()},
+            **(self.totals or {}),
         }
         report = EvaluationReport(round_.number, numbers, results, self._last, seconds)
         for observer in self._observers:

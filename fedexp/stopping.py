@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gin
@@ -98,9 +98,16 @@ class Judge:
         self._best, self._stall = saved.best, Stall(*saved.stall)
         self._decide(saved.done)
 
-    def saved(self, round_: Round, history: list[dict[str, float]], report: Any = None) -> Saved:
+    def saved(
+        self,
+        round_: Round,
+        history: list[dict[str, float]],
+        totals: Mapping[str, float] | None,
+        report: Any = None,
+    ) -> Saved:
         """What a checkpoint after a round holds."""
-        return Saved(round_.number, round_.state, history, self._best, report, self._stall)
+        state = round_.state
+        return Saved(round_.number, state, history, self._best, report, self._stall, totals)
 
     def measure(
         self, round_: Round, which: Sequence[int], last: bool

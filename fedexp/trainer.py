@@ -111,13 +111,17 @@ class Experiment(Setup):
             fingerprints = {name: part.fingerprint() for name, part in session.splits.items()}
             saver = Saver(workdir, judge.plan, session.engine.client_states, fingerprints)
             stack.callback(saver.close)
-            start = saver.restore(session.first.state) or Saved(0, session.first.state, [], None)
+            start = saver.restore(session.first.state) or Saved(
+                0, session.first.state, [], None, totals={}
+            )
             round_ = Round(session, start.done, start.state)
             history = start.history
             judge.resume(start)
             # Of a round that was saved before its evaluations, everything is told anew.
             told = start.done - (start.report is not None)
-            reports = Reports(session, self.observers, workdir, told, lambda: saver.latest)
+            reports = Reports(
+                session, self.observers, workdir, told, lambda: saver.latest, start.totals
+            )
             stack.enter_context(reports)
             signal = stack.enter_context(runtime.stop_signals(reports.say))
             stack.enter_context(runtime.leaving_a_broken_group(saver.way_on))
@@ -141,7 +145,7 @@ class Experiment(Setup):
                 if save and which:  # Evaluations may take long, and fail.
                     reports.catch_up()
                     reports.before_checkpoint(round_)
-                    saver.save(judge.saved(round_, history, reports.last_saved()))
+                    saver.save(judge.saved(round_, history, reports.totals, reports.last_saved()))
                 if which:
                     reports.catch_up()
                     results, measured, improves = judge.measure(round_, which, last)
@@ -151,7 +155,7 @@ class Experiment(Setup):
                 if save or stopped_by:
                     reports.catch_up()
                     reports.before_checkpoint(round_)
-                    saver.save(judge.saved(round_, history), measured)
+                    saver.save(judge.saved(round_, history, reports.totals), measured)
                 if stopped_by:
                     way_on = "the same command goes on from there"
                     if workdir is None:

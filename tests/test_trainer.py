@@ -493,18 +493,23 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path, split, changed):
     assert run(tmp_path, num_rounds=6).rounds == 6
 
 
-def test_a_checkpoint_from_before_there_were_fingerprints_and_totals_is_accepted(tmp_path, monkeypatch):
-    save = Checkpointer.save
+def test_a_checkpoint_from_before_there_were_fingerprints_or_totals_is_taken(tmp_path, monkeypatch):
+    save, add, later = Checkpointer.save, Checkpointer.add, {"totals", "data"}
+
+    def as_before(metadata):
+        return {name: value for name, value in metadata.items() if name not in later}
 
     def save_as_before(checkpointer, round_, state, metadata, metrics=None, elsewhere=None):
-        later = {"totals", "data"}
         assert metadata.keys() == {"history", "best", "report", "stall"} | later
-        metadata = {name: value for name, value in metadata.items() if name not in later}
-        save(checkpointer, round_, state, metadata, metrics)
+        save(checkpointer, round_, state, as_before(metadata), metrics)
+
+    def add_as_before(checkpointer, round_, metadata, metrics):
+        add(checkpointer, round_, as_before(metadata), metrics)
 
     whole = run(tmp_path / "whole", num_rounds=6)
     with monkeypatch.context() as patch:
         patch.setattr(Checkpointer, "save", save_as_before)
+        patch.setattr(Checkpointer, "add", add_as_before)
         run(tmp_path / "parts", num_rounds=3)
     parts = run(tmp_path / "parts", num_rounds=6)
     totals = {f"traffic/total_bits_{way}" for way in ("up", "down")}

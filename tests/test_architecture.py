@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "fedexp"
 # A room may import from those after its own floor: nothing upwards, and nothing sideways.
 FLOORS = [
     {"__main__"},
-    {"main"},
+    {"main", "plots"},
     {"trainer"},
     {"reporting", "several", "stopping"},
     {"session"},

@@ -4,7 +4,8 @@ A store is a folder, called after the round it begins with and the number of pro
 has two files in it. `1.rows` consists of slots for one client's row each. A row that a kept checkpoint may
 refer to is never written over: the client's next one goes to a free slot, and from then on stays there until
 the next checkpoint. `1.index` tells, checkpoint after checkpoint, which clients have moved to which slots. So
-a checkpoint costs the rows that have changed since the last.
+a checkpoint costs the rows that have changed since the last. Now and then the index is written anew, without
+what no kept checkpoint needs.
 
 Rows are read and written by system calls: with mapped memory, a full disk would be a signal that kills.
 """
@@ -28,6 +29,7 @@ from fedexp.errors import UserError
 Row = Sequence[np.ndarray]
 _NONE = -1
 _MOST_PARTS = 1000  # Of a system call; Linux takes 1024.
+_SMALL_INDEX = 1 << 20  # Bytes that are not worth writing anew.
 
 
 class InMemory:
@@ -89,6 +91,7 @@ class StateStore:
         self._kept: dict[int, np.ndarray] = {}  # Round of a checkpoint -> slots.
         self._free: list[int] = []
         self._num_slots = self._index_bytes = 0
+        self._needed_bytes = 0  # Of the index when it was last written anew.
 
     def clients(self) -> np.ndarray:
         return np.flatnonzero(self._slots != _NONE) + self._clients.start
@@ -140,7 +143,7 @@ class StateStore:
         if self._process == 0 and kept and min(kept) > int(self.name.partition("-")[0]):
             for older in set(self._root.iterdir()) - {self._folder}:
                 shutil.rmtree(older, ignore_errors=True)
-        return functools.partial(self._flush, round, changed, self._slots[changed])
+        return functools.partial(self._flush, round, changed, self._slots[changed], [*self._kept])
 
     def restore(self, round: int, kept: Collection[int]) -> None:
         """Goes back to the rows of a checkpoint; those of later ones are lost.
@@ -192,18 +195,44 @@ class StateStore:
         is_used[slots[slots != _NONE]] = True
         self._free = np.flatnonzero(~is_used)[::-1].tolist()
 
-    def _flush(self, round: int, places: np.ndarray, slots: np.ndarray) -> None:
+    def _flush(
+        self, round: int, places: np.ndarray, slots: np.ndarray, kept: Collection[int]
+    ) -> None:
         row, checksums = [np.empty(self._row_bytes, np.uint8)], []
         for slot in slots.tolist():
             self._rows.read(row, slot * self._row_bytes)
             checksums.append(_checksum(row))
         moved = np.column_stack([places + self._clients.start, slots, np.array(checksums, int)])
-        header = np.array([round, len(moved), _checksum([moved])])
-        block = np.concatenate([header, moved.ravel()]).astype("<i8")
+        block = _block(round, moved)
         self._rows.sync()
-        self._index.write([block.view(np.uint8)], self._index_bytes)
+        self._index.write([block], self._index_bytes)
         self._index.sync()
         self._index_bytes += block.nbytes
+        if self._index_bytes > max(_SMALL_INDEX, 2 * self._needed_bytes):
+            self._compact(round, kept)
+
+    def _compact(self, until: int, kept: Collection[int]) -> None:
+        """Writes the index anew: of each kept checkpoint who has moved since the one before it.
+
+        Whenever the process dies, there is the former index or the new one; both have all kept checkpoints.
+        """
+        latest = np.zeros((len(self._clients), 3), np.int64)
+        latest[:, 0], has_moved = self._clients, np.zeros(len(self._clients), bool)
+        blocks = []
+        for round, moved, _ in _moves(self._index, until):
+            places = moved[:, 0] - self._clients.start
+            latest[places], has_moved[places] = moved, True
+            if round in kept:
+                blocks.append(_block(round, latest[has_moved]))
+                has_moved[:] = False
+        path = self._index.path.with_suffix(".new")
+        new = _File(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        new.write(blocks, 0)
+        new.sync()
+        os.replace(path, self._index.path)
+        paths.sync(self._folder)
+        new.path, self._index = self._index.path, new
+        self._index_bytes = self._needed_bytes = sum(block.nbytes for block in blocks)
 
     def _cannot_write(self, error: OSError) -> UserError:
         return UserError(
@@ -235,6 +264,12 @@ def _moves(index: _File, until: int) -> Iterator[tuple[int, np.ndarray, int]]:
             raise ValueError(f"{index.path} does not hold what was saved")
         at += 3 + len(moved)
         yield round, moved.reshape(-1, 3), 8 * at
+
+
+def _block(round: int, moved: np.ndarray) -> np.ndarray:
+    """What the index has of a checkpoint, as bytes: who, (n, 3) int64, has moved to which slot."""
+    header = np.array([round, len(moved), _checksum([moved])])
+    return np.concatenate([header, moved.ravel()]).astype("<i8").view(np.uint8)
 
 
 def _checksum(row: Row) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import resource
+import shutil
 import signal
 import zlib
 from pathlib import Path
@@ -64,7 +65,14 @@ def restored(folder: Path, name: str, round_: int, kept: list[int], clients=20) 
     return states
 
 
+@pytest.fixture
+def written_anew(monkeypatch):
+    """The smallest index is worth writing anew."""
+    monkeypatch.setattr("fedexp.engine.state_store._SMALL_INDEX", 0)
+
+
 @pytest.mark.parametrize("seed", range(4))
+@pytest.mark.usefixtures("written_anew")
 def test_any_kept_checkpoint_comes_back_whenever_the_process_dies(tmp_path, seed):
     """Against dicts: rounds, checkpoints of which the latest two and one older are kept, and deaths."""
     rng = np.random.default_rng(seed)
@@ -120,6 +128,58 @@ def test_a_checkpoint_costs_what_has_changed_and_not_what_there_is(tmp_path):
         kept = [*kept, round_][-2:]
         # Slots of the checkpoint that is gone are used again, but for the first, which is the best one.
         assert rows <= (3 if round_ < 6 else 2) * ROW_BYTES
+
+
+@pytest.mark.usefixtures("written_anew")
+def test_the_index_is_as_long_as_what_is_kept_and_not_as_the_run(tmp_path):
+    states, rng = kept_in(tmp_path), np.random.default_rng(0)
+    sizes = []
+    for round_ in range(1, 200):
+        wanted = train(states, rng.choice(20, 5, replace=False).tolist(), round_)
+        kept = [round_ - 2, round_ - 1] if round_ > 2 else []
+        checkpoint(states, round_, kept)
+        sizes.append((tmp_path / "0-1" / "0.index").stat().st_size)
+    # Three checkpoints, of which the first has everyone, twice over, and one that comes on top.
+    block = 24 + 5 * 24
+    assert max(sizes) <= 2 * (24 + 20 * 24 + 2 * block) + block
+    now = held(states)
+    assert len(now) == 20 and wanted.items() <= now.items()
+    assert held(restored(tmp_path, "0-1", 199, [197, 198, 199])) == now
+    assert held(restored(tmp_path, "0-1", 197, [197])).keys() == now.keys()
+
+
+@pytest.mark.usefixtures("written_anew")
+def test_a_process_may_die_at_any_call_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    states, rng, snapshots, called = kept_in(tmp_path / "run"), np.random.default_rng(0), {}, []
+
+    def copying_before(name):
+        call = getattr(os, name)
+
+        def copied(*args):
+            shutil.copytree(tmp_path / "run", tmp_path / f"copy{len(copies)}")
+            copies.append(name)
+            return call(*args)
+
+        return copied
+
+    for round_ in range(1, 9):
+        train(states, rng.choice(20, 5, replace=False).tolist(), round_)
+        kept, copies = sorted(snapshots)[-2:], []
+        with monkeypatch.context() as patched:
+            for name in ("pwritev", "fsync", "replace"):
+                patched.setattr(os, name, copying_before(name))
+            checkpoint(states, round_, kept)
+        for number, at in itertools.product(range(len(copies)), kept):
+            again = shutil.copytree(tmp_path / f"copy{number}", tmp_path / "again")
+            found = restored(again, "0-1", at, [k for k in kept if k <= at])
+            assert held(found) == snapshots[at]
+            checkpoint(found, round_, [at])  # It goes on from there.
+            assert held(restored(again, "0-1", round_, [at, round_])) == snapshots[at]
+            shutil.rmtree(again)
+        for number in range(len(copies)):
+            shutil.rmtree(tmp_path / f"copy{number}")
+        snapshots[round_], called = held(states), called + copies[2:]
+    assert called.count("replace") > 2
 
 
 def test_rows_are_on_the_disk_before_the_index_has_them(tmp_path, monkeypatch):

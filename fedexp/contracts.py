@@ -166,6 +166,7 @@ class Mechanism(NamedTuple):
       coefficients: of a Toeplitz matrix C, if the noise is C^-1 times independent noise.
       num_rounds: how many it is good for; any number if None.
       cohort_size: clients that it pretends to hide one among; those of the sampler if None.
+      open: whether `privacy.epsilon` decides on the multiplier.
     """
 
     noise_multiplier: float
@@ -173,6 +174,7 @@ class Mechanism(NamedTuple):
     coefficients: tuple[float, ...] = ()
     num_rounds: int | None = None
     cohort_size: float | None = None
+    open: bool = False
 
 
 class Noise(NamedTuple):

@@ -358,6 +358,8 @@ class Reports:
         if self._workdir is not None and runtime.is_first():
             operative = os.path.join(self._workdir, config.OPERATIVE)
             _write(operative, gin.operative_config_str())
+        if self._session.account:
+            self.say(self._session.account.saying(self._session.setup.num_rounds))
         self._started = self._clock = time.perf_counter()
         return self
 
@@ -440,12 +442,15 @@ class Reports:
         names |= {SECONDS: None}
         algorithm = self._session.algorithm
         said = algorithm.report(round_.state, round_.number) if algorithm.report else {}
+        account = self._session.account
+        spent = account.report(round_.number) if account else {}
         numbers = {
             "round": round_.number,
             **{name: trained[name] for name in names if name in trained},
             **values,
             **{name: float(value) for name, value in said.items()},
             **(self.totals or {}),
+            **spent,
         }
         report = EvaluationReport(round_.number, numbers, results, self._last, seconds)
         for observer in self._observers:
@@ -477,7 +482,7 @@ class Reports:
             self.say(stopped_early)
         if self._workdir is None or not runtime.is_first():
             return
-        path = os.path.join(self._workdir, "final.json")
+        path, account = os.path.join(self._workdir, "final.json"), self._session.account
         if not self._round_seconds + self._evaluation_seconds and _tells(path, history):
             return
         final = {
@@ -486,6 +491,7 @@ class Reports:
             "metrics": history[-1] if history else {},
             "evaluations": [about._asdict() for about in self._session.about(round_)],
             "history": history,
+            **({"privacy": account.about(round_.number)} if account else {}),
             "perf": self._perf(),
         }
         _write(path, json.dumps(final, indent=2) + "\n")

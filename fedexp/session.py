@@ -20,6 +20,7 @@ from fedexp.data import ClientBatching, FederatedDataset, FederatedSplits, Sampl
 from fedexp.engine import Engine, PreparedRound, Strategy, auto
 from fedexp.errors import UserError
 from fedexp.evaluation import About, Evaluate, Evaluation
+from fedexp.privacy import Account, Part, Privacy, Sampling, opened
 from fedexp.streams import Stream, derive
 from fedexp.tasks import Measure, Task
 
@@ -42,6 +43,7 @@ class Setup:
       strategy: where cohorts run; `auto()` if None.
       evaluations: when to evaluate, and on what.
       seed: of the initial parameters, cohorts, batches and dropout.
+      privacy: how epsilon is accounted for where an aggregator hides clients; not at all if None.
 
     Raises:
       UserError: fewer than one round, or a negative seed.
@@ -56,6 +58,7 @@ class Setup:
     strategy: Strategy | None = None
     evaluations: Sequence[Evaluate] = dataclasses.field(default_factory=lambda: [Evaluate()])
     seed: int = 0
+    privacy: Privacy | None = dataclasses.field(default_factory=lambda: Privacy())
 
     def __post_init__(self) -> None:
         if self.num_rounds < 1:
@@ -95,6 +98,12 @@ class Round:
     def params(self) -> PyTree:
         """The model's parameters after it."""
         return self.state.params
+
+    @property
+    def epsilon(self) -> float | None:
+        """Of all rounds up to this one, at `session.account.delta`; None if nothing hides clients."""
+        account = self.session.account
+        return None if account is None else account.epsilon(self.number)
 
     @functools.cached_property
     def _fetched(self) -> tuple[Any, Any]:
@@ -160,6 +169,7 @@ class Session:
       params: the model's first parameters.
       first: the round before the first one.
       evaluations: of the setup, ready to be called.
+      account: of what the rounds tell of clients, from the first one on; None if nothing hides them.
     """
 
     def __init__(self, setup: Setup):
@@ -196,6 +206,32 @@ class Session:
             for number, plan in enumerate(setup.evaluations)
         ]
         self.first = Round(self, 0, self.engine.start(self.params))
+        self.account: Account | None = None
+        self._is_opened = False
+        self._sampling = Sampling(sampler.scheme, sampler.cohort_size, taking_part)
+
+    def open_account(self, done: int, earlier: Sequence[Part] = ()) -> None:
+        """Finds what hides clients, with the noise that a target asks for, and sets `account`.
+
+        Args:
+          done: finished rounds.
+          earlier: what they were like; empty if nobody was hidden.
+
+        Raises:
+          UserError: see `privacy.opened`.
+        """
+        self._is_opened, privacy = True, self.setup.privacy
+        if privacy is None:
+            return
+        runner, prepared = self.engine.runner, self.engine.prepare(done, self.sample(done))
+        self.account, runner.noise_multiplier = opened(
+            privacy,
+            lambda multiplier: runner.told(self.first.state, prepared, multiplier),
+            self._sampling,
+            self.setup.num_rounds,
+            done,
+            earlier,
+        )
 
     def sample(self, number: int) -> Sample:
         """What the sampler says of a round, counted from 0."""
@@ -221,7 +257,9 @@ class Session:
         before, states = after.session.engine.client_states, self.engine.client_states
         if before is not states and before is not None and states is not None:
             states.load(before.save())
-        round_ = after
+        round_, account = after, after.session.account
+        if not self._is_opened:
+            self.open_account(after.number, account.parts if account else ())
         for prepared, waited in watch(self.prepared(range(after.number, self.setup.num_rounds))):
             output, noted = self.engine.runner.run(round_.state, prepared, note())
             reported = (output.metrics, output.per_client, noted)

@@ -106,8 +106,10 @@ class Judge:
         report: Any = None,
     ) -> Saved:
         """What a checkpoint after a round holds."""
-        state = round_.state
-        return Saved(round_.number, state, history, self._best, report, self._stall, totals)
+        account = self._session.account
+        spent = account.parts if account else ()
+        saved = Saved(round_.number, round_.state, history, self._best, report, self._stall)
+        return saved._replace(totals=totals, spent=spent)
 
     def measure(
         self, round_: Round, which: Sequence[int], last: bool

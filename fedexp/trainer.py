@@ -15,6 +15,7 @@ import jax
 from fedexp import algorithms, config, models, profiling, runtime  # noqa: F401  For Gin's names.
 from fedexp.checkpointing import CheckpointPlan, Saved, Saver, import_ahead
 from fedexp.evaluation import About
+from fedexp.privacy import Part
 from fedexp.reporting import Observer, Progress, Reports, TensorBoard
 from fedexp.session import Round, Session, Setup
 from fedexp.sole_use import sole_use
@@ -117,6 +118,7 @@ class Experiment(Setup):
             round_ = Round(session, start.done, start.state)
             history = start.history
             judge.resume(start)
+            session.open_account(start.done, [Part.restored(part) for part in start.spent])
             # Of a round that was saved before its evaluations, everything is told anew.
             told = start.done - (start.report is not None)
             reports = Reports(

@@ -493,8 +493,8 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path, split, changed):
     assert run(tmp_path, num_rounds=6).rounds == 6
 
 
-def test_a_checkpoint_from_before_there_were_fingerprints_or_totals_is_taken(tmp_path, monkeypatch):
-    save, add, later = Checkpointer.save, Checkpointer.add, {"totals", "data"}
+def test_a_checkpoint_from_before_there_was_more_in_it_is_taken(tmp_path, monkeypatch):
+    save, add, later = Checkpointer.save, Checkpointer.add, {"totals", "data", "spent"}
 
     def as_before(metadata):
         return {name: value for name, value in metadata.items() if name not in later}

@@ -1,9 +1,11 @@
 """What happens to client updates on their way to the server, one idea a file."""
 
+from fedexp.aggregators.adaptive_clipping import adaptive_clipping as adaptive_clipping
 from fedexp.aggregators.attacked import a_little_is_enough as a_little_is_enough
 from fedexp.aggregators.attacked import attacked as attacked
 from fedexp.aggregators.attacked import gaussian_attack as gaussian_attack
 from fedexp.aggregators.attacked import sign_flip as sign_flip
+from fedexp.aggregators.banded_noise import banded_noise as banded_noise
 from fedexp.aggregators.bulyan import bulyan as bulyan
 from fedexp.aggregators.centred_clipping import centred_clipping as centred_clipping
 from fedexp.aggregators.chain import Aggregators as Aggregators
@@ -17,6 +19,7 @@ from fedexp.aggregators.gaussian_noise import gaussian_noise as gaussian_noise
 from fedexp.aggregators.geometric_median import geometric_median as geometric_median
 from fedexp.aggregators.half_precision import half_precision as half_precision
 from fedexp.aggregators.krum import krum as krum
+from fedexp.aggregators.local_noise import local_noise as local_noise
 from fedexp.aggregators.mean import mean as mean
 from fedexp.aggregators.median import coordinate_median as coordinate_median
 from fedexp.aggregators.power_sgd import power_sgd as power_sgd
@@ -27,4 +30,5 @@ from fedexp.aggregators.rotated_quantize import rotated_quantize as rotated_quan
 from fedexp.aggregators.signs import signs as signs
 from fedexp.aggregators.terngrad import terngrad as terngrad
 from fedexp.aggregators.top_k import top_k as top_k
+from fedexp.aggregators.tree_noise import tree_noise as tree_noise
 from fedexp.aggregators.trimmed_mean import trimmed_mean as trimmed_mean

@@ -16,7 +16,7 @@ from fedexp.errors import check
 from fedexp.promises import kept_client, kept_server
 from fedexp.streams import Stream, derive
 
-# (what the attackers would have sent, the others' rows being zero; key) -> what they send.
+# (what the attackers would have sent, the others' rows being zero; a key a row) -> what they send.
 Attack = Callable[[Updates, jax.Array], PyTree]
 
 
@@ -56,7 +56,8 @@ def attacked(
             cohort.clients.index
         )
         theirs = jax.tree.map(lambda leaf: jnp.where(along(attacks, leaf), leaf, 0), values)
-        sent = attack(Updates(theirs, attacks, attacks.sum()), derive(key, Stream.SERVER))
+        keys = _by_client(derive(key, Stream.SERVER), cohort.clients.index)
+        sent = attack(Updates(theirs, attacks, attacks.sum(), cohort.clients.index), keys)
         values = jax.tree.map(
             lambda old, new: jnp.where(along(attacks, old), new, old), values, sent
         )
@@ -65,7 +66,7 @@ def attacked(
             sent = kept_client(inner, state, Update(value, weight), None, key)
             return sent.total, sent.each
 
-        keys = jax.random.split(derive(key, Stream.CLIENT), len(weights))
+        keys = _by_client(derive(key, Stream.CLIENT), cohort.clients.index)
         totals, kept = jax.tree.map(
             lambda leaf: jnp.where(along(cohort.real, leaf), leaf, 0),
             jax.vmap(send)(values, weights, keys),
@@ -76,27 +77,34 @@ def attacked(
         metrics = {**result.metrics, "attackers": attacks.sum()}
         return result._replace(metrics=metrics)
 
-    return Aggregator(client, server, inner.init, reduces=True, private=inner.private)
+    return Aggregator(client, server, inner.init, reduces=True, noise=inner.noise)
+
+
+def _by_client(key: jax.Array, clients: jax.Array) -> jax.Array:
+    """(C,) keys, which follow clients and not slots."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, clients)
 
 
 @gin.configurable
 def sign_flip(scale: float = 1.0) -> Attack:
     """Each attacker sends its update times -scale (as in Li et al. 2019, arXiv:1811.03761)."""
-    return lambda updates, key: jax.tree.map(lambda leaf: -scale * leaf, updates.values)
+    return lambda updates, keys: jax.tree.map(lambda leaf: -scale * leaf, updates.values)
 
 
 @gin.configurable
 def gaussian_attack(deviation: float = gin.REQUIRED) -> Attack:
     """Each attacker sends noise in place of its update (Blanchard et al. 2017, arXiv:1703.02757)."""
 
-    def attack(updates: Updates, key: jax.Array) -> PyTree:
-        leaves, structure = jax.tree.flatten(updates.values)
-        keys = jax.random.split(key, len(leaves))
-        noise = [
-            deviation * jax.random.normal(k, leaf.shape)
-            for k, leaf in zip(keys, leaves, strict=True)
+    def attack(updates: Updates, keys: jax.Array) -> PyTree:
+        return jax.vmap(noise)(updates.values, keys)
+
+    def noise(value: PyTree, key: jax.Array) -> PyTree:
+        leaves, structure = jax.tree.flatten(value)
+        draws = [
+            deviation * jax.random.normal(own, leaf.shape)
+            for own, leaf in zip(jax.random.split(key, len(leaves)), leaves, strict=True)
         ]
-        return structure.unflatten(noise)
+        return structure.unflatten(draws)
 
     return attack
 
@@ -110,8 +118,8 @@ def a_little_is_enough(deviations: float = gin.REQUIRED) -> Attack:
         the largest z whose normal quantile is (n - m - s) / (n - m), with s = floor(n / 2 + 1) - m.
     """
 
-    def attack(updates: Updates, key: jax.Array) -> PyTree:
-        del key
+    def attack(updates: Updates, keys: jax.Array) -> PyTree:
+        del keys
         share = updates.real / jnp.maximum(updates.size, 1)
         mean = updates.combined(share)
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from fedexp.aggregators.mean import mean
 from fedexp.aggregators.statistics import carrying_statistics
-from fedexp.contracts import Aggregated, Aggregator, Cohort, PyTree, Sent, Update
-from fedexp.errors import UserError
+from fedexp.contracts import Aggregated, Aggregator, Cohort, Noise, PyTree, Sent, Update
+from fedexp.errors import UserError, check
 from fedexp.promises import kept_client, kept_server
 from fedexp.streams import Stream, derive
 
@@ -25,13 +25,17 @@ def chain(*links: Aggregator) -> Aggregator:
     True
 
     Raises:
-      UserError: no links, a last one that does not reduce, or one before it that does.
+      UserError: no links, a last one that does not reduce, or one before it that does; noise for updates that
+        are not bounded, or that is not added to their sum.
     """
     if not links or not links[-1].reduces or any(link.reduces for link in links[:-1]):
         raise UserError(
             "the last link of a chain, and no other, must make one update of many, as mean() does; "
             f"got {[link.reduces for link in links]} for `reduces`"
         )
+    for before, link, after in zip((None, *links), links, links[1:], strict=False):
+        if link.noise is not None:
+            _check_noise(link.noise, None if before is None else before.bound, after)
 
     def init(value: PyTree) -> PyTree:
         return tuple(link.init(value) for link in links)
@@ -74,8 +78,24 @@ def chain(*links: Aggregator) -> Aggregator:
         init,
         init_client if any(link.init_client for link in links) else None,
         reduces=True,
-        private=any(link.private for link in links),
+        noise=next((link.noise for link in links if link.noise), None),
     )
+
+
+def _check_noise(noise: Noise, bound: float | None, after: Aggregator) -> None:
+    """Refuses noise for updates that may be larger, or that is not added to their sum."""
+    if noise.norm is not None and bound is None:
+        raise UserError(
+            f"noise for updates of norm {noise.norm} hides nobody whose update is larger: put "
+            f"clip_by_norm({noise.norm}) right before it"
+        )
+    if noise.norm is not None:
+        check(
+            bound <= noise.norm,
+            f"clip_by_norm lets updates of norm {bound} through, and the noise after it is for {noise.norm}",
+        )
+    if noise.on_sum and not after.averages:
+        raise UserError("noise hides a client in the sum of updates: put mean() right after it")
 
 
 def as_aggregator(given: Aggregators) -> Aggregator:

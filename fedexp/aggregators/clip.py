@@ -34,4 +34,4 @@ def clip_by_norm(norm: float = gin.REQUIRED) -> Aggregator:
         del each, key
         return Aggregated(later, state, {"clipped_fraction": total / jnp.maximum(cohort.size, 1)})
 
-    return Aggregator(client, server)
+    return Aggregator(client, server, bound=norm)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import gin
-import jax
 import jax.numpy as jnp
 
-from fedexp.contracts import Aggregated, Aggregator, Sent
-from fedexp.errors import check
+from fedexp.aggregators.noising import check_noise, multiplier_for, noised_mean, normal_like
+from fedexp.contracts import Aggregator, Mechanism, Noise, Sent
 
 
 @gin.configurable
 def gaussian_noise(
-    noise_multiplier: float = gin.REQUIRED, norm: float = gin.REQUIRED
+    noise_multiplier: float | None = gin.REQUIRED,
+    norm: float = gin.REQUIRED,
+    noise_cohort_size: float | None = None,
 ) -> Aggregator:
     """The Gaussian mechanism of DP-FedAvg (McMahan et al. 2018, arXiv:1710.06963, Algorithm 1, f_f).
 
@@ -21,14 +22,16 @@ def gaussian_noise(
     noise_multiplier x norm is divided by the expected size of the cohort, since the real one would tell who
     took part. `aggregate/noise_std` is the noise's standard deviation in an entry of the aggregate.
 
+    Args:
+      noise_multiplier: None takes what `privacy.epsilon` asks for.
+      norm: of the clip before it.
+      noise_cohort_size: clients a round of the deployment that is simulated: the noise in the mean is that of
+        such a cohort, and so is epsilon (of `privacy.population`). The sampler's cohort if None.
+
     Raises:
-      UserError: a negative multiplier, or a norm that is not positive.
+      UserError: a negative multiplier, or a norm or size that is not positive.
     """
-    check(
-        noise_multiplier >= 0,
-        f"gaussian_noise.noise_multiplier must not be negative, got {noise_multiplier}",
-    )
-    check(norm > 0, f"gaussian_noise.norm must be positive, got {norm}")
+    check_noise("gaussian_noise", noise_multiplier, norm, noise_cohort_size)
 
     def client(state, update, client_state, key):
         del state, client_state, key
@@ -36,12 +39,12 @@ def gaussian_noise(
 
     def server(state, total, each, later, cohort, key):
         del total, each
-        std = noise_multiplier * norm / cohort.expected_size
-        leaves, structure = jax.tree.flatten(later)
-        noisy = [
-            cohort.size / cohort.expected_size * leaf + std * jax.random.normal(one, leaf.shape)
-            for leaf, one in zip(leaves, jax.random.split(key, len(leaves)), strict=True)
-        ]
-        return Aggregated(structure.unflatten(noisy), state, {"noise_std": jnp.float32(std)})
+        multiplier = multiplier_for("gaussian_noise", noise_multiplier, cohort)
+        std = multiplier * norm / (noise_cohort_size or cohort.expected_size)
+        return noised_mean(later, normal_like(key, later), std, cohort, state)
 
-    return Aggregator(client, server, private=True)
+    def mechanism(cohort):
+        multiplier = multiplier_for("gaussian_noise", noise_multiplier, cohort)
+        return Mechanism(multiplier, cohort_size=noise_cohort_size, open=noise_multiplier is None)
+
+    return Aggregator(client, server, noise=Noise(mechanism, norm))

@@ -27,4 +27,4 @@ def mean() -> Aggregator:
         weight = jnp.maximum(weight, 1e-12)
         return Aggregated(jax.tree.map(lambda leaf: leaf / weight, weighted), state)
 
-    return Aggregator(client, server, reduces=True)
+    return Aggregator(client, server, reduces=True, averages=True)

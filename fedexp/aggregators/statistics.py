@@ -26,7 +26,7 @@ def carrying_statistics(aggregator: Aggregator) -> Aggregator:
 
     def init(value: PyTree) -> PyTree:
         trained, statistics = split_statistics(value)
-        if aggregator.private and jax.tree.leaves(statistics):
+        if aggregator.noise and jax.tree.leaves(statistics):
             raise UserError(
                 f"{', '.join(sorted(statistics))} would be sent without noise, and tell of the clients' "
                 "data; keep it local (fedper.local), or take a model with GroupNorm"

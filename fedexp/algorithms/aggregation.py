@@ -7,7 +7,16 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from fedexp.contracts import TRAIN, Aggregator, Clients, ClientWork, Cohort, ForEachClient, Metrics
+from fedexp.contracts import (
+    TRAIN,
+    Aggregator,
+    Clients,
+    ClientWork,
+    Cohort,
+    ForEachClient,
+    Metrics,
+    Release,
+)
 from fedexp.promises import check_like, kept_client, kept_server, kept_update, name_of
 from fedexp.streams import Stream, derive
 
@@ -117,6 +126,8 @@ def aggregate(
     )
     for_each_client.traffic.down(shared)
     for_each_client.traffic.up(bits)
+    if aggregator.noise is not None:
+        for_each_client.releases[-1] = Release("updates", aggregator.noise.mechanism(cohort))
     result = kept_server(aggregator, state, total, of_clients, None, cohort, key)
     who = f"Aggregator.server, {name_of(aggregator.server)}, must return an update like a client's"
     check_like(result.update, sent_value[0], who, dtypes=False)

@@ -20,6 +20,7 @@ from fedexp.data.partition import shards as shards
 from fedexp.data.samplers import SECONDS as SECONDS
 from fedexp.data.samplers import Sample as Sample
 from fedexp.data.samplers import Sampler as Sampler
+from fedexp.data.samplers import cyclic as cyclic
 from fedexp.data.samplers import fixed as fixed
 from fedexp.data.samplers import hold_out as hold_out
 from fedexp.data.samplers import poisson as poisson

@@ -61,6 +61,8 @@ class Sampler(NamedTuple):
       held_out: client_ids -> (num_clients,) bool, who never takes part; None if nobody is held out.
       bind: (num_clients,) int64 examples that clients train on in a round -> the sampler for these; None
         for a sampler that does not look at them.
+      scheme: how cohorts are drawn, for an epsilon: 'poisson', 'fixed_size', or 'cyclic', by which a client
+        takes part once in population // cohort_size rounds at most; None for any other way.
 
     >>> uniform(3).sample([str(i) for i in range(10)], seed=0, round=0).clients.tolist()
     [1, 2, 6]
@@ -70,6 +72,7 @@ class Sampler(NamedTuple):
     sample: Draw
     held_out: Callable[[Ids], np.ndarray] | None = None
     bind: Callable[[np.ndarray], Sampler] | None = None
+    scheme: str | None = None
 
     def bound_to(self, examples: np.ndarray) -> Sampler:
         """The sampler for clients that train on so many examples in a round."""
@@ -94,7 +97,7 @@ def uniform(cohort_size: int = 10) -> Sampler:
             _choose(generator(Stream.SAMPLING, seed, round), len(client_ids), cohort_size)
         )
 
-    return Sampler(cohort_size, sample)
+    return Sampler(cohort_size, sample, scheme="fixed_size")
 
 
 @gin.configurable
@@ -119,7 +122,33 @@ def poisson(expected_cohort_size: float) -> Sampler:
         size = rng.binomial(num_clients, expected_cohort_size / num_clients)
         return Sample(_choose(rng, num_clients, size))
 
-    return Sampler(expected_cohort_size, sample)
+    return Sampler(expected_cohort_size, sample, scheme="poisson")
+
+
+@gin.configurable
+def cyclic(cohort_size: int = 10) -> Sampler:
+    """Goes through the clients in an order that is drawn once, `cohort_size` a round, over and over.
+
+    So a client takes part once in num_clients // cohort_size rounds at most, which is what DP-FTRL needs to
+    know (Kairouz et al. 2021, arXiv:2103.00039; Choquette-Choo et al. 2023, arXiv:2306.08153).
+    """
+    _check_positive("cohort_size", cohort_size)
+    orders: dict[tuple[int, int], np.ndarray] = {}
+
+    def sample(client_ids: Ids, seed: int, round: int) -> Sample:
+        num_clients = len(client_ids)
+        if cohort_size > num_clients:
+            raise UserError(
+                f"a cohort of {cohort_size} clients cannot be sampled from {num_clients}; "
+                "lower cyclic.cohort_size"
+            )
+        if (num_clients, seed) not in orders:
+            rng = generator(Stream.SAMPLING, seed)
+            orders[num_clients, seed] = rng.permutation(num_clients)
+        places = (round * cohort_size + np.arange(cohort_size)) % num_clients
+        return Sample(np.sort(orders[num_clients, seed][places]))
+
+    return Sampler(cohort_size, sample, scheme="cyclic")
 
 
 @gin.configurable
@@ -176,7 +205,8 @@ def hold_out(sampler: Sampler, fraction: float = 0.1, seed: int = 0) -> Sampler:
     def bind(examples: np.ndarray) -> Sampler:
         return hold_out(sampler.bound_to(examples[~held_out(examples)]), fraction, seed)
 
-    return Sampler(sampler.cohort_size, sample, held_out, bind if sampler.bind else None)
+    bound = bind if sampler.bind else None
+    return Sampler(sampler.cohort_size, sample, held_out, bound, sampler.scheme)
 
 
 def _indices(cohort: Sequence[int | str], client_ids: Ids, where: str) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,14 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedexp.compiling import Compilations, jit, release_memory, run_once
-from fedexp.contracts import TRAIN, Clients, ClientWork, Cohort, RoundOutput, with_frozen
+from fedexp.contracts import TRAIN, Clients, ClientWork, Cohort, Release, RoundOutput, with_frozen
 from fedexp.engine.client_states import ClientStates
-from fedexp.engine.loop import DeviceWork
+from fedexp.engine.loop import DeviceWork, run_clients
 from fedexp.engine.packed_tree import PackedMapping
 from fedexp.engine.placement import Placement
 from fedexp.engine.preparing import DeviceInputs, PreparedRound, Preparer
 from fedexp.engine.strategy import Strategy
-from fedexp.promises import kept_work
+from fedexp.errors import UserError
+from fedexp.promises import kept_work, name_of
 from fedexp.streams import Stream, derive
 from fedexp.traffic import Traffic
 
@@ -56,6 +57,8 @@ class Runner:
 
     Attributes:
       compilations: programs that calls have had compiled, or fetched from the cache folder.
+      releases: what the server was told of clients in the round that was traced last.
+      noise_multiplier: for mechanisms that leave it open, in rounds that are traced from now on.
     """
 
     def __init__(
@@ -80,6 +83,8 @@ class Runner:
         self._root = self._placement.replicate(jax.random.key_data(root))
         self._root_type = jax.random.key_impl(root)
         self._compilations = Compilations()
+        self.releases: Sequence[Release] = ()
+        self.noise_multiplier: float | None = None
         self._under_way: collections.deque[jax.Array] = collections.deque()
         self._program: Any = self._interpreted
         if strategy.compiled:
@@ -126,6 +131,26 @@ class Runner:
         """Traces a round and does not run it; nothing where rounds are not compiled."""
         if self._strategy.compiled:
             self._program.eval_shape(*self._arguments(state, prepared))
+
+    def told(
+        self, state: PyTree, prepared: PreparedRound, noise_multiplier: float | None
+    ) -> Sequence[Release]:
+        """What the server is told of clients in a round, by tracing it with this noise where it is open."""
+        given, strategy = self.noise_multiplier, self._strategy
+        self.noise_multiplier = noise_multiplier
+        try:
+            if strategy.compiled and noise_multiplier is None:
+                self.trace(state, prepared)  # Which a run would do anyway.
+            else:
+                self._strategy = dataclasses.replace(strategy, run_clients=run_clients)
+                jax.eval_shape(lambda *args: self.body(*args), *self._arguments(state, prepared))
+        except Exception as error:
+            if strategy.compiled or isinstance(error, UserError):
+                raise
+            return ()  # What cannot be traced, `debug` may run, or say more of.
+        finally:
+            self._strategy, self.noise_multiplier = strategy, given
+        return self.releases
 
     def _arguments(
         self, state: PyTree, prepared: PreparedRound, note: int = 0
@@ -222,8 +247,10 @@ class Runner:
             aggregation_key=key,
             expected_size=self._population.expected_size,
             population=self._population.num_clients,
+            noise_multiplier=self.noise_multiplier,
         )
         output = self._round(state, cohort, for_each_client)
+        self.releases = tuple(for_each_client.releases)
         output = output._replace(state=with_frozen(output.state))
         return output, None if notes is None else notes.max()
 
@@ -242,6 +269,7 @@ class ForEachClient:
     ):
         self.calls = 0
         self.traffic = traffic
+        self.releases: list[Release] = []
         self._strategy = strategy
         self._preparer = preparer
         self._device = device
@@ -256,6 +284,7 @@ class ForEachClient:
         pass_: str = TRAIN,
         counted: bool = True,
     ) -> tuple[PyTree, PyTree]:
+        self.releases.append(Release(name_of(work.finish)))
         work, batch_sizes = kept_work(work), self._preparer.batch_sizes(pass_)
         inputs = self._device.passes[pass_]
         parent = derive(self._key, Stream.CALL, self.calls)

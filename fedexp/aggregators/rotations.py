@@ -16,7 +16,7 @@ from fedexp.errors import check
 from fedexp.streams import Stream, derive
 
 # A block's transform is a product with a matrix of at most this size along each of its axes.
-_RADIX = 32
+_RADIX = 16
 
 
 def hadamard(block: int) -> Rotation:
@@ -69,8 +69,9 @@ def walsh_hadamard(blocks: jax.Array) -> jax.Array:
     while math.prod(axes) < size:
         axes.append(min(_RADIX, size // math.prod(axes)))
     blocks = blocks.reshape(n, *axes)
-    for axis, length in enumerate(axes, start=1):
-        blocks = jnp.moveaxis(jnp.tensordot(blocks, _matrix(length), axes=(axis, 0)), -1, axis)
+    # A product takes the first axis and leaves it last: in the end all are in place.
+    for length in axes:
+        blocks = jnp.tensordot(blocks, _matrix(length), axes=(1, 0), precision="highest")
     return blocks.reshape(n, size)
 
 

@@ -1,9 +1,10 @@
 """Kills small real runs at random moments and starts them again, until they are done.
 
-A run of SCAFFOLD on the tests' linear problem is what `python -m fedexp.main` makes of a command line, in a
-process of its own, forked from one that has imported everything: so a trial costs a second. What comes out is
-compared with an uninterrupted run: parameters and client states bit for bit, `final.json`, and what
-TensorBoard makes of the events, every round once.
+A run of SCAFFOLD on the tests' linear problem, or of a shipped file on a few generated writers, is what
+`python -m fedexp.main` makes of a command line, in a process of its own, forked from one that has imported
+everything: so a trial costs seconds. What comes out is compared with an uninterrupted run: parameters bit for
+bit, client states in files by their checksums, `final.json`, and what TensorBoard makes of the events, every
+round once.
 """
 
 from __future__ import annotations
@@ -32,17 +33,25 @@ from rich.table import Table
 
 from benchmarks.machine import machine
 from benchmarks.trials import RESULTS, save
+from fedexp.engine import state_store
 
-_FLAGS = (
-    "--gin_file=tests/support/linear.gin",
-    "--gin_param=train.algorithm = @scaffold",
-    "--gin_param=scaffold.client_learning_rate = 0.05",
-    "--gin_param=evaluate.every = 4",
-    "--gin_param=CheckpointPlan.every = 6",
+_LINEAR = (
+    "train.algorithm = @scaffold",
+    "scaffold.client_learning_rate = 0.05",
+    "evaluate.every = 4",
+)
+_SMALL = (
+    "train.dataset = @glyphs()",
+    "glyphs.num_writers = 12",
+    "classification.model = @EmnistLogistic()",
+    "EmnistLogistic.num_classes = 62",
+    "evaluate.every = 20",
 )
 # Of every twenty interruptions; the others are SIGKILL.
 _GENTLE = ("SIGINT", "SIGTERM", "SIGINT twice")
 _TIMEOUT = 120.0
+# What differs anyway, and what every start before the first checkpoint shows again.
+_ONCE_A_START = ("training/perf/", "config/", "training/example_images")
 _BEGUN = "begun"
 
 
@@ -55,6 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--most-seconds", type=float, default=1.5, help="from start to interruption"
     )
+    parser.add_argument("--config", help="a shipped file; SCAFFOLD on a linear problem without")
+    parser.add_argument("--param", action="append", default=[], help="a binding of it")
     parser.add_argument("--output", type=Path, default=RESULTS / "trials_kills.json")
 
 
@@ -66,7 +77,13 @@ def run(args: argparse.Namespace) -> None:
     outcomes: collections.Counter[str] = collections.Counter()
     failures: list[str] = []
     with _place(args.bucket) as (here, root):
-        trials = _Trials(context, here, args.rounds, rng, args.most_seconds)
+        bindings = [*(_SMALL if args.config else _LINEAR), *args.param, "CheckpointPlan.every = 6"]
+        flags = [
+            f"--gin_file={args.config or 'tests/support/linear.gin'}",
+            *(f"--gin_param={binding}" for binding in bindings),
+            f"--gin_param=train.num_rounds = {args.rounds}",
+        ]
+        trials = _Trials(context, here, flags, rng, args.most_seconds)
         expected = trials.uninterrupted(f"{root}/whole")
         end = time.monotonic() + 60 * args.minutes
         while time.monotonic() < end:
@@ -96,17 +113,17 @@ class _Trials:
     Args:
       context: how processes are forked.
       here: folder of this machine for what runs print.
-      rounds: of a run.
+      flags: of a run.
       rng: of moments and kinds.
       most_seconds: from a start to its interruption.
     """
 
     def __init__(
-        self, context: Any, here: Path, rounds: int, rng: random.Random, most_seconds: float
+        self, context: Any, here: Path, flags: list[str], rng: random.Random, most_seconds: float
     ):
         self._context = context
         self._here = here
-        self._rounds = rounds
+        self._flags = flags
         self._rng = rng
         self._most_seconds = most_seconds
 
@@ -141,11 +158,7 @@ class _Trials:
 
     def _start(self, workdir: str) -> tuple[Any, Any]:
         output = self._here / "output"
-        arguments = [
-            *_FLAGS,
-            f"--gin_param=train.num_rounds = {self._rounds}",
-            f"--workdir={workdir}",
-        ]
+        arguments = [*self._flags, f"--workdir={workdir}"]
         output.write_text("")
         process = self._context.Process(target=_main, args=(arguments, str(output)))
         process.start()
@@ -213,22 +226,32 @@ def _outcome(workdir: str, here: Path) -> dict[str, Any]:
         final = json.loads((Path(workdir) / "final.json").read_text())
         return {
             "final.json": {name: value for name, value in final.items() if name != "perf"},
-            "parameters and states": _parameters(Path(workdir) / "checkpoints"),
+            "parameters and states": _parameters(Path(workdir)),
             "TensorBoard": _shown(Path(workdir)),
         }
 
 
-def _parameters(folder: Path) -> dict[str, np.ndarray]:
+def _parameters(workdir: Path) -> dict[str, Any]:
+    """The arrays of the last checkpoint, and the checksum of every client's row in its store of states."""
     import orbax.checkpoint as ocp
 
-    with ocp.CheckpointManager(folder, item_names=("state", "about")) as manager:
-        args = ocp.args.Composite(state=ocp.args.PyTreeRestore())
-        found: Any = manager.restore(manager.latest_step(), args=args)
-    return {name: np.asarray(array) for name, array in found.state.items()}
+    with ocp.CheckpointManager(workdir / "checkpoints", item_names=("state", "about")) as manager:
+        args = ocp.args.Composite(state=ocp.args.PyTreeRestore(), about=ocp.args.JsonRestore())
+        last = manager.latest_step()
+        found: Any = manager.restore(last, args=args)
+    arrays = {name: np.asarray(array) for name, array in found.state.items()}
+    store = found.about["metadata"].get("client_states")
+    return {**arrays, "rows of clients": store and _checksums(workdir, store, last)}
+
+
+def _checksums(workdir: Path, store: str, round_: int) -> dict[int, int]:
+    file = state_store._File(workdir / "client_states" / store / "0.index", os.O_RDONLY)
+    moves = np.concatenate([moved for _, moved, _ in state_store._moves(file, round_)])
+    return {client: checksum for client, _, checksum in moves.tolist()}
 
 
 def _shown(workdir: Path) -> dict[tuple[str, str], list[tuple[int, bytes]]]:
-    """(folder, tag) -> every (step, value) that TensorBoard keeps, but how long things took."""
+    """(folder, tag) -> every (step, value) that TensorBoard keeps, but those of a start."""
     from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
     from tests.support import tensorboard  # noqa: F401  So that no TensorFlow is imported.
@@ -238,7 +261,7 @@ def _shown(workdir: Path) -> dict[tuple[str, str], list[tuple[int, bytes]]]:
         accumulator = EventAccumulator(str(folder), size_guidance={"tensors": 0})
         accumulator.Reload()
         for tag in accumulator.Tags()["tensors"]:
-            if not tag.startswith(("training/perf/", "config/")):
+            if not tag.startswith(_ONCE_A_START):
                 events = accumulator.Tensors(tag)
                 values = [(event.step, event.tensor_proto.SerializeToString()) for event in events]
                 shown[str(folder.relative_to(workdir)), tag] = values
@@ -264,7 +287,9 @@ def _tell(
     for failure in failures:
         print(failure)
     results = json.loads(args.output.read_text()) if args.output.exists() else {}
-    results["s3" if args.bucket else "local"] = {
+    where = "s3" if args.bucket else "local"
+    results[f"{where}, {args.config}" if args.config else where] = {
+        **({"params": args.param} if args.config else {}),
         "rounds": args.rounds,
         "minutes": args.minutes,
         "seed": args.seed,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fedexp.aggregators.every_update import Updates, along, of_every_update
-from fedexp.aggregators.krum import krum_scores, squared_distances
+from fedexp.aggregators.krum import best_first, krum_scores, squared_distances
 from fedexp.contracts import NOTHING, Aggregator
 from fedexp.errors import check
 
@@ -34,7 +34,8 @@ def bulyan(num_attackers: int = gin.REQUIRED) -> Aggregator:
 
         def select(i: jax.Array, selected: jax.Array) -> jax.Array:
             left = updates.real & ~selected
-            best = jnp.argmin(krum_scores(distances, left, num_attackers))
+            scores = krum_scores(distances, left, num_attackers)
+            best = best_first(scores, updates.clients)[0]
             return selected.at[best].max((i < selected_size) & left[best])
 
         nobody = jnp.zeros_like(updates.real)

@@ -19,11 +19,13 @@ class Updates(NamedTuple):
       values: a pytree of (C, ...), zeros in rows that are no clients.
       real: (C,) bool, the rows that are.
       size: () int32, how many.
+      clients: (C,) int32, whose they are: what breaks ties, because slots depend on lanes and devices.
     """
 
     values: PyTree
     real: jax.Array
     size: jax.Array
+    clients: jax.Array
 
     def where_real(self, instead: float) -> PyTree:
         """The values, with a number in the rows that are no clients."""
@@ -73,7 +75,8 @@ def of_every_update(
                 f"{why} needs a cohort of at least {at_least}, and the sampler draws "
                 f"{cohort.expected_size:g}"
             )
-        value, state, metrics = rule(Updates(each, cohort.real, cohort.real.sum()), state)
+        updates = Updates(each, cohort.real, cohort.real.sum(), cohort.clients.index)
+        value, state, metrics = rule(updates, state)
         return Aggregated(value, state, metrics)
 
     return Aggregator(client, server, init, reduces=True)

@@ -32,7 +32,7 @@ def krum(num_attackers: int = gin.REQUIRED, num_selected: int = 1) -> Aggregator
 
     def rule(updates: Updates, state):
         scores = krum_scores(squared_distances(updates), updates.real, num_attackers)
-        rank = jnp.argsort(jnp.argsort(scores))
+        rank = jnp.argsort(best_first(scores, updates.clients))
         chosen = updates.real & (rank < num_selected)
         mean = updates.combined(chosen / jnp.maximum(chosen.sum(), 1))
         return mean, state, NOTHING
@@ -48,9 +48,15 @@ def squared_distances(updates: Updates) -> jax.Array:
         (leaf - one).reshape(len(leaf), -1)
         for leaf, one in zip(jax.tree.leaves(updates.values), jax.tree.leaves(mean), strict=True)
     ]
-    products = sum(jnp.dot(rows, rows.T, precision="highest") for rows in centred)
-    norms = jnp.diagonal(products)
+    products = jnp.stack([jnp.dot(rows, rows.T, precision="highest") for rows in centred])
+    products = products.sum(axis=0)
+    norms, products = jnp.diagonal(products), (products + products.T) / 2
     return jnp.maximum(norms[:, None] + norms[None] - 2 * products, 0)
+
+
+def best_first(scores: jax.Array, clients: jax.Array) -> jax.Array:
+    """(C,) rows by their scores; of two that are each other's nearest, the lower client comes first."""
+    return jnp.lexsort((clients, scores))
 
 
 def krum_scores(distances: jax.Array, among: jax.Array, num_attackers: int) -> jax.Array:

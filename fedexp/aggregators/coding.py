@@ -110,7 +110,9 @@ def open_code(update: Update) -> Code:
     """
     code = update.code or Code()
     if code.final:
-        raise UserError("a link with an entropy code, or power_sgd, must be the last that compresses")
+        raise UserError(
+            "a link with an entropy code, or power_sgd, must be the last that compresses"
+        )
     return code
 
 

@@ -26,7 +26,7 @@ def hadamard(block: int) -> Rotation:
     """
 
     def turning(blocks: jax.Array, key: jax.Array):
-        sign = jax.random.rademacher(key, blocks.shape, blocks.dtype)
+        sign = _random_signs(key, *blocks.shape)
         return walsh_hadamard(sign * blocks), lambda rows: sign * walsh_hadamard(rows)
 
     return _by_block(block, turning)
@@ -73,6 +73,13 @@ def walsh_hadamard(blocks: jax.Array) -> jax.Array:
     for length in axes:
         blocks = jnp.tensordot(blocks, _matrix(length), axes=(1, 0), precision="highest")
     return blocks.reshape(n, size)
+
+
+def _random_signs(key: jax.Array, n: int, size: int) -> jax.Array:
+    """(n, size) float32, of a random bit each; `jax.random.rademacher` takes 32, and most of the time."""
+    words = jax.random.bits(key, (n, -(-size // 32), 1), jnp.uint32)
+    bits = words >> jnp.arange(32, dtype=jnp.uint32) & 1
+    return 1 - 2 * bits.reshape(n, -1)[:, :size].astype(jnp.float32)
 
 
 def _matrix(size: int) -> np.ndarray:

@@ -27,7 +27,7 @@ from fedexp.aggregators import (
     top_k,
 )
 from fedexp.aggregators.coding import entropy_bits
-from fedexp.aggregators.rotations import walsh_hadamard
+from fedexp.aggregators.rotations import _random_signs, walsh_hadamard
 from fedexp.algorithms import fedavg, hypcluster, scaffold
 from fedexp.contracts import Aggregator, Update
 from fedexp.engine import Packing, jit
@@ -363,3 +363,12 @@ def test_what_needs_no_aggregator_is_counted_too():
 def test_what_cannot_be_is_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+@pytest.mark.parametrize("size", [4, 64])
+def test_rotations_begin_with_fair_signs(size):
+    sign = np.asarray(_random_signs(jax.random.key(0), 6400, size))
+    assert sign.shape == (6400, size) and set(np.unique(sign)) == {-1, 1}
+    assert np.abs(sign.mean(axis=0)).max() < 5 / math.sqrt(6400)
+    products = sign[:, :1] * sign[:, 1:]
+    assert np.abs(products.mean(axis=0)).max() < 5 / math.sqrt(6400)

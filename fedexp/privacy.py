@@ -392,11 +392,10 @@ _CORRELATED = ("tree", "toeplitz")
 @functools.cache
 def _sensitivity(mechanism: Mechanism, rounds: int, apart: int) -> float:
     """Squared, in norms of its updates: of a client that takes part every `apart` rounds at most."""
-    times = math.ceil(rounds / apart)
     if mechanism.kind == "tree":
-        # A node of 2^l rounds adds up to as many of a client's updates as fit in there.
-        levels = range(rounds.bit_length())
-        return float(sum(times * min(times, math.ceil(2**level / apart)) for level in levels))
+        return float(
+            sum(_in_nodes(2**level, rounds, apart) for level in range(rounds.bit_length()))
+        )
     if mechanism.kind == "toeplitz":
         # Coefficients fall: the worst is to take part as early and as often as possible.
         import numpy as np
@@ -407,6 +406,13 @@ def _sensitivity(mechanism: Mechanism, rounds: int, apart: int) -> float:
             column[start : start + len(some)] += some
         return float(column @ column)
     return 1.0
+
+
+def _in_nodes(length: int, rounds: int, apart: int) -> int:
+    """The most that the squares of a client's participations in a tree's nodes of a length add up to."""
+    in_one = math.ceil(length / apart)
+    in_all = math.ceil(rounds // length * length / apart)
+    return in_all // in_one * in_one**2 + (in_all % in_one) ** 2
 
 
 # --- dp-accounting ------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ FLOORS = [
     {"engine", "algorithms", "checkpointing", "summaries", "profiling", "progress"},
     {"aggregators", "mirror", "config", "runtime"},
     {"bindings"},
-    {"promises"},
+    {"promises", "privacy"},
     {"contracts"},
     {"tasks"},
     {"models"},

@@ -162,7 +162,7 @@ def test_what_a_client_changes_in_a_tree(rounds, apart):
     tree = np.array(nodes, float)
     worst = max(float(np.sum((tree @ p) ** 2)) for p in patterns(rounds, apart))
     bound = _sensitivity(Mechanism(1.0, "tree"), rounds, apart)
-    assert worst <= bound <= 1.7 * worst
+    assert worst <= bound <= 1.25 * worst
     if apart >= rounds:
         assert bound == worst == rounds.bit_length()
 
@@ -176,6 +176,22 @@ def test_what_a_client_changes_in_a_banded_matrix(rounds, apart):
     worst = max(float(np.sum((matrix @ p) ** 2)) for p in patterns(rounds, apart))
     mechanism = Mechanism(1.0, "toeplitz", coefficients)
     assert _sensitivity(mechanism, rounds, apart) == pytest.approx(worst)
+
+
+def test_the_tree_of_a_published_model():
+    """Gboard's Spanish model, by the notebook that accompanies the announcement: zCDP 0.81.
+
+    dp_ftrl/blogpost_supplemental_privacy_accounting.ipynb of github.com/google-research/federated has noise
+    multiplier 7, 313 rounds between participations and at most six of them, for which 1884 rounds are
+    enough; epsilon is 8.90 at delta 1e-10 by RDP.
+    """
+    rho = _sensitivity(Mechanism(7.0, "tree"), 6 * 314, 314) / (2 * 7.0**2)
+    assert round(rho, 2) == 0.81
+    sampling = Sampling("cyclic", 1, 314)
+    for accountant, low, high in (("rdp", 8.85, 8.95), ("pld", 8.0, 8.9)):
+        privacy = Privacy(delta=1e-10, accountant=accountant)
+        found = account(7.0, sampling, "tree", privacy, num_rounds=2000)
+        assert low < found.epsilon(6 * 314) < high
 
 
 def test_a_tree_costs_a_gaussian_mechanism_per_level():

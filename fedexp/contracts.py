@@ -238,11 +238,13 @@ class Update(NamedTuple):
       value: a pytree, most often the change of the parameters.
       weight: () what the client counts for in a mean.
       code: how the value is written, for the count of bits; `Code()` if None. A link that compresses says.
+      client: () int32, whose it is: the client's row in the data set. `aggregate` says.
     """
 
     value: PyTree
     weight: jax.Array
     code: Code | None = None
+    client: jax.Array | None = None
 
 
 class Sent(NamedTuple):

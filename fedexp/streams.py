@@ -15,6 +15,8 @@
     AGGREGATION, i                   of a seed of its own: the first factor of PowerSGD's matrix i
     ATTACKERS, 0                     of a seed of its own: who attacks
         client                       that it does
+    CANARIES, 0 and 1                of a seed of its own: who is a canary, and directions
+        client                       of one
     EVALUATION, number               as the root, for what an evaluation draws in its rounds
 
 A key is either drawn from or parent of others, never both: `jax.random.split(key, n)[i]` is
@@ -51,6 +53,7 @@ class Stream(enum.IntEnum):
     HELD_OUT = 12
     CLOCK = 13
     ATTACKERS = 14
+    CANARIES = 15
 
 
 def derive(key: jax.Array, stream: Stream, index: int | jax.Array = 0) -> jax.Array:

@@ -13,7 +13,7 @@ FLOORS = [
     {"__main__"},
     {"main", "plots"},
     {"trainer"},
-    {"reporting", "several", "stopping"},
+    {"auditing", "reporting", "several", "stopping"},
     {"session"},
     {"evaluation"},
     {"evaluators"},

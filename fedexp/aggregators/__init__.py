@@ -7,6 +7,7 @@ from fedexp.aggregators.attacked import gaussian_attack as gaussian_attack
 from fedexp.aggregators.attacked import sign_flip as sign_flip
 from fedexp.aggregators.banded_noise import banded_noise as banded_noise
 from fedexp.aggregators.bulyan import bulyan as bulyan
+from fedexp.aggregators.canaries import canaries as canaries
 from fedexp.aggregators.centred_clipping import centred_clipping as centred_clipping
 from fedexp.aggregators.chain import Aggregators as Aggregators
 from fedexp.aggregators.chain import as_aggregator as as_aggregator

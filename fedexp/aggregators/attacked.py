@@ -62,14 +62,15 @@ def attacked(
             lambda old, new: jnp.where(along(attacks, old), new, old), values, sent
         )
 
-        def send(value, weight, key):
-            sent = kept_client(inner, state, Update(value, weight), None, key)
+        def send(value, weight, client, key):
+            update = Update(value, weight, client=client)
+            sent = kept_client(inner, state, update, None, key)
             return sent.total, sent.each
 
         keys = _by_client(derive(key, Stream.CLIENT), cohort.clients.index)
         totals, kept = jax.tree.map(
             lambda leaf: jnp.where(along(cohort.real, leaf), leaf, 0),
-            jax.vmap(send)(values, weights, keys),
+            jax.vmap(send)(values, weights, cohort.clients.index, keys),
         )
         total = jax.tree.map(lambda leaf: leaf.sum(axis=0), totals)
         own = derive(key, Stream.AGGREGATION)

@@ -115,6 +115,7 @@ def aggregate(
         finished = work.finish(shared[0], carry, own(client))
         update, each = kept_update(work.finish, finished)
         sent_value[:] = [update.value]
+        update = update._replace(client=client.index)
         kept = client.state.aggregator if aggregator.init_client else None
         key = derive(client.key, Stream.AGGREGATION)
         sent = kept_client(aggregator, shared[1], update, kept, key)

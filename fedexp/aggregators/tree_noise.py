@@ -65,7 +65,6 @@ def tree_noise(
     own = np.ones(num_levels, np.float32)
     for level in range(1, num_levels):
         own[level] = 1 / (1 + 1 / (2 * own[level - 1]))
-    weights = jnp.asarray(own)
 
     def init(value):
         empty = jax.tree.map(lambda leaf: jnp.zeros((num_levels, *leaf.shape), leaf.dtype), value)
@@ -85,7 +84,7 @@ def tree_noise(
             noise, gone = noise_and_gone
             neighbour = jax.tree.map(lambda leaf: leaf[level], state.levels)
             fresh = normal_like(jax.random.fold_in(key, level + 1), later)
-            weight = weights[level + 1]
+            weight = jnp.asarray(own)[level + 1]
             noise = jax.tree.map(
                 lambda fresh, right, left: weight * fresh + (1 - weight) * (left + right),
                 *(fresh, noise, neighbour),

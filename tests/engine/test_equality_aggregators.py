@@ -45,7 +45,7 @@ def compare(found, spec: str, chosen) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", OTHERS)
-@pytest.mark.parametrize("name", side_by_side.AGGREGATORS)
+@pytest.mark.parametrize("name", side_by_side.NAMES)
 def test_an_aggregator_equals_itself_under_debug(found, spec, name):
     own = {f"aggregate/{name} w", f"aggregate/bits of {name}"}
     numbers = {
@@ -58,7 +58,9 @@ def test_an_aggregator_equals_itself_under_debug(found, spec, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", OTHERS)
-@pytest.mark.parametrize("algorithm", ["all", "scaffold", "ditto"])
+@pytest.mark.parametrize(
+    "algorithm", ["all", "scaffold", "ditto", "private_scaffold", "private_ditto"]
+)
 def test_algorithms_and_what_is_kept_of_clients_equal_debug(found, spec, algorithm):
     compare(found, spec, lambda name: name.startswith(f"{algorithm}|"))
 
@@ -66,7 +68,7 @@ def test_algorithms_and_what_is_kept_of_clients_equal_debug(found, spec, algorit
 @pytest.mark.slow
 def test_aggregators_differ(found):
     """None of them is skipped: each makes something else of the same updates."""
-    names = list(side_by_side.AGGREGATORS)
+    names = list(side_by_side.NAMES)
     last = side_by_side.ROUNDS - 1
     aggregates = [found[REFERENCE][f"all|{last}|aggregate/{name} w"] for name in names]
     for i, one in enumerate(aggregates):
@@ -76,10 +78,6 @@ def test_aggregators_differ(found):
 
 @pytest.mark.slow
 def test_all_are_there():
-    compress_or_resist = {
-        name
-        for name, made in vars(aggregators).items()
-        if callable(made) and not name.endswith(("noise", "clipping")) and name.islower()
-    }
+    made = {name for name, it in vars(aggregators).items() if callable(it) and name.islower()}
     helpers = {"as_aggregator", "chain", "attacked"}
-    assert compress_or_resist - helpers <= side_by_side.AGGREGATORS.keys()
+    assert made - helpers <= set(side_by_side.NAMES)

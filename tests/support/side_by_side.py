@@ -17,9 +17,12 @@ import optax
 from fedexp import runtime
 from fedexp.aggregators import (
     a_little_is_enough,
+    adaptive_clipping,
     as_aggregator,
     attacked,
+    banded_noise,
     bulyan,
+    canaries,
     centred_clipping,
     clip_by_norm,
     coordinate_median,
@@ -27,9 +30,11 @@ from fedexp.aggregators import (
     ef21,
     error_feedback,
     gaussian_attack,
+    gaussian_noise,
     geometric_median,
     half_precision,
     krum,
+    local_noise,
     mean,
     power_sgd,
     qsgd,
@@ -40,6 +45,7 @@ from fedexp.aggregators import (
     signs,
     terngrad,
     top_k,
+    tree_noise,
     trimmed_mean,
 )
 from fedexp.algorithms import ditto, fedavg, scaffold
@@ -83,7 +89,29 @@ RULES = {
     "gaussian_attack": attacked([random_k(0.5), mean()], gaussian_attack(1.0), 0.6),
     "a_little_is_enough": attacked(None, a_little_is_enough(1.5), 0.6),
 }
-AGGREGATORS = RULES | {name: [*links, mean()] for name, links in COMPRESSORS.items()}
+
+
+def private() -> dict[str, list[Aggregator]]:
+    """Links that hide clients; made late, because a matrix is optimised on the devices."""
+    return {
+        "gaussian_noise": [clip_by_norm(0.3), gaussian_noise(0.5, 0.3)],
+        "adaptive_clipping": [adaptive_clipping(0.5, count_noise=1.0)],
+        "tree_noise": [clip_by_norm(0.3), tree_noise(0.5, 0.3, num_rounds=4)],
+        "banded_noise": [clip_by_norm(0.3), banded_noise(0.5, 0.3, num_rounds=4, bands=2)],
+        "local_noise": [clip_by_norm(0.3), local_noise(0.1, 0.3)],
+        "canaries": [canaries(0.5), clip_by_norm(0.3)],
+    }
+
+
+PRIVATE = (
+    "gaussian_noise",
+    "adaptive_clipping",
+    "tree_noise",
+    "banded_noise",
+    "local_noise",
+    "canaries",
+)
+NAMES = (*RULES, *COMPRESSORS, *PRIVATE)
 
 
 def several_outputs() -> Task:
@@ -152,13 +180,18 @@ def side_by_side(chosen: dict[str, Aggregator]) -> Aggregator:
 def algorithms(task: Task) -> dict:
     """All aggregators at once in FedAdam, and some where more is sent, or more kept."""
     sgd, server = optax.sgd(0.05), optax.sgd(1.0)
-    everything = side_by_side({name: as_aggregator(one) for name, one in AGGREGATORS.items()})
+    hiding = {name: [*links, mean()] for name, links in private().items()}
+    compressing = {name: [*links, mean()] for name, links in COMPRESSORS.items()}
+    given = RULES | compressing | hiding
+    everything = side_by_side({name: as_aggregator(one) for name, one in given.items()})
     return {
         "all": fedavg(task, sgd, optax.adam(0.1), aggregator=everything),
         "scaffold": scaffold(task, 0.05, aggregator=[error_feedback(power_sgd(1)), krum(1, 3)]),
         "ditto": ditto(
             task, 0.1, sgd, server, aggregator=[top_k(0.5), quantize(16), coordinate_median()]
         ),
+        "private_scaffold": scaffold(task, 0.05, aggregator=hiding["tree_noise"]),
+        "private_ditto": ditto(task, 0.1, sgd, server, aggregator=hiding["adaptive_clipping"]),
     }
 
 

@@ -27,6 +27,7 @@ SMALL = [
     "train.observers = []",
     "train.num_rounds = 4",
 ]
+OTHER_CLASSES = ("classification.num_classes = 62", "classification.class_names = None")
 FILES = {
     "emnist_fedavg.gin": (),
     "emnist_scaffold.gin": (),
@@ -58,8 +59,11 @@ FILES = {
     "emnist_fedavg_clock.gin": ("synchronous.cohort_size = 3", "synchronous.asked = 4"),
     "emnist_fedbuff.gin": ("asynchronous.concurrency = 6", "asynchronous.arrivals = 3"),
     "emnist_fedasync.gin": ("asynchronous.concurrency = 6",),
+    "emnist_digits_dp_fedavg.gin": ("poisson.expected_cohort_size = 3", *OTHER_CLASSES),
+    "emnist_digits_dp_ftrl.gin": ("cyclic.cohort_size = 3", *OTHER_CLASSES),
 }
-ON_A_CLOCK = {"emnist_fedavg_clock.gin", "emnist_fedbuff.gin", "emnist_fedasync.gin"}
+PRIVATE = {"emnist_digits_dp_fedavg.gin", "emnist_digits_dp_ftrl.gin"}
+OWN_SAMPLER = PRIVATE | {"emnist_fedavg_clock.gin", "emnist_fedbuff.gin", "emnist_fedasync.gin"}
 PERSONAL = {
     "emnist_apfl.gin",
     "emnist_fedper.gin",
@@ -92,7 +96,7 @@ def test_it_runs_and_resumes(name, tmp_path):
 
     def run(folder):
         gin.clear_config()
-        cohort = [] if name in ON_A_CLOCK else ["uniform.cohort_size = 3"]
+        cohort = [] if name in OWN_SAMPLER else ["uniform.cohort_size = 3"]
         config.load([name], [*SMALL, *cohort, *FILES[name]])
         return Experiment().run(folder)
 
@@ -104,3 +108,4 @@ def test_it_runs_and_resumes(name, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, parts.params, whole.params)
     assert parts.metrics == whole.metrics
     assert ("test_personal/accuracy" in whole.metrics) == (name in PERSONAL)
+    assert ("privacy/epsilon" in whole.metrics) == (name in PRIVATE)

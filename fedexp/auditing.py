@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -58,7 +59,7 @@ def audit(round_: Round, fraction: float, seed: int = 0, delta: float = 1e-5) ->
     @jax.jit
     def cosines(clients: jax.Array) -> jax.Array:
         def cosine(client: jax.Array) -> jax.Array:
-            return optax.tree.vdot(direction(change, client, seed), change) / length
+            return jnp.divide(optax.tree.vdot(direction(change, client, seed), change), length)
 
         return jax.lax.map(cosine, clients)
 

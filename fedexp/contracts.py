@@ -292,6 +292,7 @@ class Aggregator:
         `cohort.real` tells which rows of `each` are clients.
       init: value -> first state, kept in the server's state. `value` is shaped like `Update.value`.
       init_client: value -> a client's first state; None if it keeps none.
+      told: state -> what of it clients read, for the count of bits.
       reduces: whether it makes one update of many, as the last link of a chain does.
       averages: whether it takes the mean of updates, by their weights.
       bound: the L2 norm that no client's update exceeds after this link; None if it promises none.
@@ -302,6 +303,7 @@ class Aggregator:
     server: Callable[[PyTree, PyTree, PyTree, PyTree, Cohort, jax.Array], Aggregated]
     init: Callable[[PyTree], PyTree] = lambda value: ()
     init_client: Callable[[PyTree], PyTree] | None = None
+    told: Callable[[PyTree], PyTree] = lambda state: ()
     reduces: bool = False
     averages: bool = False
     bound: Any = None

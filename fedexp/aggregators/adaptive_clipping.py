@@ -86,5 +86,9 @@ def adaptive_clipping(
         return Mechanism(deviations(cohort)[0], cohort_size=noise_cohort_size, open=open_)
 
     return Aggregator(
-        client, server, init=lambda value: jnp.float32(initial_norm), noise=Noise(mechanism)
+        client,
+        server,
+        init=lambda value: jnp.float32(initial_norm),
+        told=lambda norm: norm,
+        noise=Noise(mechanism),
     )

@@ -78,7 +78,7 @@ def attacked(
         metrics = {**result.metrics, "attackers": attacks.sum()}
         return result._replace(metrics=metrics)
 
-    return Aggregator(client, server, inner.init, reduces=True, noise=inner.noise)
+    return Aggregator(client, server, inner.init, told=inner.told, reduces=True, noise=inner.noise)
 
 
 def _by_client(key: jax.Array, clients: jax.Array) -> jax.Array:

@@ -77,6 +77,7 @@ def chain(*links: Aggregator) -> Aggregator:
         server,
         init,
         init_client if any(link.init_client for link in links) else None,
+        told=lambda state: [link.told(own) for link, own in zip(links, state, strict=True)],
         reduces=True,
         noise=next((link.noise for link in links if link.noise), None),
     )

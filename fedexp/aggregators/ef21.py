@@ -46,4 +46,6 @@ def ef21(compressor: Aggregator = gin.REQUIRED) -> Aggregator:
         mean = jax.tree.map(lambda g, c: g + share * c, mean, result.update)
         return Aggregated(mean, (result.state, mean), result.metrics)
 
-    return Aggregator(client, server, init, optax.tree.zeros_like)
+    return Aggregator(
+        client, server, init, optax.tree.zeros_like, lambda state: compressor.told(state[0])
+    )

@@ -42,10 +42,13 @@ def check_compressor(name: str, compressor: Aggregator) -> None:
     """Refuses what cannot be wrapped.
 
     Raises:
-      UserError: a compressor that keeps a client state, or makes one update of many.
+      UserError: a compressor that keeps a client state, makes one update of many, or adds noise.
     """
     check(
         compressor.init_client is None and not compressor.reduces,
         f"{name}.compressor must be a link that keeps nothing for a client, as @random_k(); of top_k, "
         "bind error_feedback = False",
+    )
+    check(
+        compressor.noise is None, f"{name}.compressor may not be noise, which would be sent later"
     )

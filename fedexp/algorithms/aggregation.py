@@ -125,7 +125,7 @@ def aggregate(
     (total, bits), (each, of_clients, client_states, per_client) = for_each_client(
         ClientWork(init, step, finish), (shared, state), cohort, pass_, counted=False
     )
-    for_each_client.traffic.down(shared)
+    for_each_client.traffic.down((shared, aggregator.told(state)))
     for_each_client.traffic.up(bits)
     if aggregator.noise is not None:
         for_each_client.releases[-1] = Release("updates", aggregator.noise.mechanism(cohort))

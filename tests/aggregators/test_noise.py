@@ -17,6 +17,7 @@ from fedexp.aggregators import (
     gaussian_noise,
     local_noise,
     mean,
+    power_sgd,
     tree_noise,
 )
 from fedexp.algorithms import fedavg
@@ -25,6 +26,7 @@ from fedexp.data import ClientBatching, poisson
 from fedexp.engine import Engine, debug
 from fedexp.errors import UserError
 from tests.support import linear
+from tests.support.clients import run
 
 SIZE = 20_000  # Entries of an update whose deviations are measured.
 
@@ -206,6 +208,23 @@ def test_a_count_may_not_take_all_the_noise():
 def test_numbers_out_of_range_are_refused(build, message):
     with pytest.raises(UserError, match=message):
         build()
+
+
+def test_what_clients_are_told_of_a_links_state_counts():
+    """Besides the parameters, a float32 each: the clip, or a factor of a column for three rows."""
+    task = linear.task()
+    size = 4
+    for links, more in (
+        ([adaptive_clipping(1.0, count_noise=2.0), mean()], 1),
+        ([clip_by_norm(1.0), mean()], 0),
+        ([power_sgd(1), mean()], 0),
+    ):
+        algorithm = fedavg(task, optax.sgd(0.05), optax.sgd(1.0), aggregator=links)
+        _, output = run(algorithm, None, [(0, 2, 3)])
+        assert output.metrics["traffic/bits_down"] == 3 * 32 * (size + more)
+    state = power_sgd(2).init({"w": jnp.zeros((5, 4)), "b": jnp.zeros(4)})
+    told = power_sgd(2).told(state)
+    assert sum(leaf.size for leaf in jax.tree.leaves(told)) == 2 * 4
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,8 @@ class ForEachClient(Protocol):
       calls: how many there have been in this round.
       traffic: bits that go to and fro in it: all of `shared`, and a client's `total`. Who knows better passes
         `counted=False`, and adds to it.
-      releases: what its calls have told of the clients, one after another.
+      releases: what the server has learned of the clients: the totals of its calls, one after another. An
+        algorithm that has the server use a client's own numbers, as metrics, adds these.
     """
 
     calls: int
@@ -195,7 +196,7 @@ class Release(NamedTuple):
     """Something that the server is told of the clients of a round.
 
     Attributes:
-      what: in words, or the function that made it.
+      what: in words.
       mechanism: what hides a client in it; None if nothing does.
     """
 

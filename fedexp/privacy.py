@@ -137,9 +137,8 @@ def mechanisms_of(releases: Sequence[Release]) -> tuple[Mechanism, ...]:
     if hidden and len(hidden) < len(releases):
         bare = next(r.what for r in releases if r.mechanism is None or not _is_noise(r.mechanism))
         raise UserError(
-            f"the clients' updates have noise, but the server is told what {bare} makes of their data as "
-            "well, without any: there is no epsilon. Take an algorithm that sends nothing past its "
-            "aggregator, or train.privacy = None"
+            f"the clients' updates have noise, but the server is also told {bare}, without any: there is no "
+            "epsilon. Take an algorithm that sends nothing past its aggregator, or train.privacy = None"
         )
     return hidden
 

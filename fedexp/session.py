@@ -208,6 +208,7 @@ class Session:
         self.first = Round(self, 0, self.engine.start(self.params))
         self.account: Account | None = None
         self._is_opened = False
+        self._ahead: PreparedRound | None = None  # The first round's, if it is there already.
         self._sampling = Sampling(sampler.scheme, sampler.cohort_size, taking_part)
 
     def open_account(self, done: int, earlier: Sequence[Part] = ()) -> None:
@@ -224,6 +225,7 @@ class Session:
         if privacy is None:
             return
         runner, prepared = self.engine.runner, self.engine.prepare(done, self.sample(done))
+        self._ahead = prepared
         self.account, runner.noise_multiplier = opened(
             privacy,
             lambda multiplier: runner.told(self.first.state, prepared, multiplier),
@@ -309,6 +311,9 @@ class Session:
         """Yields (prepared round, seconds waited for it); the next one is prepared meanwhile."""
 
         def prepare(number: int) -> PreparedRound:
+            ahead, self._ahead = self._ahead, None
+            if ahead is not None and ahead.round == number:
+                return ahead
             return self.engine.prepare(number, self.sample(number))
 
         with ThreadPoolExecutor(1, thread_name_prefix="prepare") as pool:

@@ -13,7 +13,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm as normal
 
 from fedexp.aggregators import clip_by_norm, gaussian_noise, local_noise, mean, quantize, top_k
-from fedexp.algorithms import fedavg, mime, scaffold
+from fedexp.algorithms import fedavg, fedprox, mime, scaffold
 from fedexp.checkpointing import CheckpointPlan
 from fedexp.contracts import Mechanism, Release
 from fedexp.data import ClientBatching, FederatedSplits, cyclic, fixed, hold_out, poisson, uniform
@@ -226,7 +226,7 @@ def test_a_tree_costs_a_gaussian_mechanism_per_level():
         ),
         (
             lambda: mechanisms_of([Release("updates", Mechanism(1.0)), Release("losses")]),
-            "what losses makes of their data",
+            "is also told losses, without any",
         ),
     ],
 )
@@ -343,8 +343,16 @@ def test_clients_that_are_held_out_are_not_among_the_population():
         ({"links": links(None)}, "gaussian_noise.noise_multiplier is None.*privacy.epsilon"),
         ({"privacy": Privacy(epsilon=1.0)}, "no noise is left open"),
         (
+            {
+                "algorithm": fedprox(
+                    TASK, 0.1, optax.sgd(0.1), optax.sgd(1.0), links(1.0), mu_step=0.1
+                )
+            },
+            "also told the loss that mu follows",
+        ),
+        (
             {"algorithm": mime(TASK, optax.sgd(0.1), aggregator=links(1.0), full_batch_size=5)},
-            "updates have noise, but the server is told what .*makes of their data",
+            "updates have noise, but the server is also told what .*finish.* adds up",
         ),
     ],
 )
@@ -355,8 +363,10 @@ def test_a_run_without_epsilon_is_refused_before_a_round(change, message, tmp_pa
     experiment(**{**given, "links": links(1.0), "privacy": None, "num_rounds": 1})
 
 
-def test_scaffolds_two_changes_have_one_noise():
-    algorithm = scaffold(TASK, 0.05, aggregator=links(1.0))
+@pytest.mark.parametrize("option", [1, 2])
+def test_scaffolds_two_changes_have_one_noise(option):
+    """The full gradient of option 1 stays with its client."""
+    algorithm = scaffold(TASK, 0.05, option=option, aggregator=links(1.0))
     session = next(iter(experiment(None, algorithm=algorithm, num_rounds=1).rounds())).session
     assert session.account.parts[0].mechanisms == (Mechanism(1.0),)
 

@@ -13,7 +13,7 @@ import optax
 from fedexp.aggregators import Aggregators
 from fedexp.algorithms.fedavg import averaging
 from fedexp.algorithms.local import WeighBy, local_training
-from fedexp.contracts import Algorithm, RoundOutput
+from fedexp.contracts import Algorithm, Release, RoundOutput
 from fedexp.errors import check
 from fedexp.tasks import Task
 
@@ -81,6 +81,8 @@ def fedprox(
 
     def round_(state, cohort, for_each_client):
         output: RoundOutput = run(state.averaging, cohort, for_each_client, state.mu)
+        if not isinstance(mu_step, float | int) or mu_step:
+            for_each_client.releases.append(Release("the loss that mu follows"))
         values, weights = output.metrics["train/loss"]
         loss = jnp.where(weights > 0, values / jnp.maximum(weights, 1e-12), state.loss)
         rose, fell = loss > state.loss, loss < state.loss

@@ -29,6 +29,7 @@ from fedexp.contracts import (
     Cohort,
     ForEachClient,
     Personalisation,
+    Release,
     RoundOutput,
     full_pass,
 )
@@ -200,6 +201,7 @@ def _far_apart(
     alone = work._replace(finish=lambda shared, carry, client: ((), carry.params))
     first = Shared(_chosen(models, 0))
     _, trained = for_each_client(alone, first, cohort, counted=False)
+    for_each_client.releases.append(Release("the models that k-means++ chooses from"))
     taken = jnp.finfo(jnp.float32).min
 
     def add(number, carry):

@@ -124,7 +124,10 @@ def scaffold(
 
     def round_(state, cohort, for_each_client):
         if option == 1:
-            _, gradients = for_each_client(full_gradient(task), state, cohort, "full")
+            full = full_gradient(task)
+            # The gradient stays with its client.
+            alone = full._replace(finish=lambda *given: ((), full.finish(*given)[1]))
+            _, gradients = for_each_client(alone, state, cohort, "full")
             cohort = _renewing(cohort, split_statistics(gradients)[0])
         shared = Shared(state.params, extra=state.control)
         sent = aggregate(for_each_client, aggregator, state.aggregator, work, shared, cohort)

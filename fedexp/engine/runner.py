@@ -284,7 +284,7 @@ class ForEachClient:
         pass_: str = TRAIN,
         counted: bool = True,
     ) -> tuple[PyTree, PyTree]:
-        self.releases.append(Release(name_of(work.finish)))
+        who = name_of(work.finish)
         work, batch_sizes = kept_work(work), self._preparer.batch_sizes(pass_)
         inputs = self._device.passes[pass_]
         parent = derive(self._key, Stream.CALL, self.calls)
@@ -305,6 +305,8 @@ class ForEachClient:
             shared,
             DeviceWork(inputs.schedule, self._examples[self._preparer.split_of(pass_)], clients),
         )
+        if jax.tree.leaves(total):
+            self.releases.append(Release(f"what {who} adds up"))
         if counted:
             self.traffic.down(shared)
             self.traffic.up_by_each(total)

@@ -323,8 +323,9 @@ def test_a_majority_vote():
     np.testing.assert_allclose(found, theta - first(), rtol=1e-5)
 
 
-def test_scaffold_is_counted_too():
-    algorithm = scaffold(linear.task(), RATE, aggregator=[quantize(16), mean()])
+@pytest.mark.parametrize("option", [1, 2])
+def test_scaffold_is_counted_too(option):
+    algorithm = scaffold(linear.task(), RATE, option=option, aggregator=[quantize(16), mean()])
     _, output = run(algorithm, None, COHORTS)
     assert output.metrics["traffic/bits_up"] == 3 * 2 * (4 * 4 + 2 * 64)
     # Parameters and the server's control variate, once.

@@ -46,10 +46,18 @@ def bulyan(num_attackers: int = gin.REQUIRED) -> Aggregator:
             ordered = jnp.sort(jnp.where(along(selected, leaf), leaf, jnp.inf), axis=0)
             low, high = (selected_size - 1) // 2, selected_size // 2
             middle = (ordered[low] + ordered[high]) / 2
-            order = jnp.argsort(jnp.abs(ordered - middle), axis=0)
-            nearest = jnp.take_along_axis(ordered, order, axis=0)
-            taken = along(jnp.arange(len(leaf)) < count, leaf)
-            return jnp.where(updates.size > 0, jnp.where(taken, nearest, 0).sum(axis=0) / count, 0)
+            # The nearest are neighbours in this order: a window whose ends are as near as can be.
+            begin = jnp.arange(len(leaf))
+            end = jnp.minimum(begin + count, len(leaf))
+            distance = jnp.maximum(middle - ordered, ordered[end - 1] - middle)
+            fits = along(begin + count <= selected_size, leaf)
+            first = jnp.argmin(jnp.where(fits, distance, jnp.inf), axis=0)[None]
+            sums = jnp.where(along(begin < selected_size, leaf), ordered, 0).cumsum(axis=0)
+            sums = jnp.concatenate([jnp.zeros_like(sums[:1]), sums])
+            window = [
+                jnp.take_along_axis(sums, place, axis=0)[0] for place in (first + count, first)
+            ]
+            return jnp.where(updates.size > 0, (window[0] - window[1]) / count, 0)
 
         return jax.tree.map(of_entries, updates.values), state, NOTHING
 

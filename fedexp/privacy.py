@@ -92,7 +92,7 @@ class Privacy:
     Attributes:
       epsilon: of the whole run, to find the noise that aggregators leave open from; None takes theirs.
       delta: population^-1.1 if None (as McMahan et al. 2018).
-      accountant: 'pld', privacy loss distributions, within 0.1 % and never too low; or 'rdp', Renyi
+      accountant: 'pld', privacy loss distributions, within 0.3 % and never too low; or 'rdp', Renyi
         differential privacy, which is looser and can do cohorts of a fixed size.
       amplified: whether it counts that nobody knows whom the sampler draws. Without, every client may take
         part as often as the sampler lets it, and any sampler will do.

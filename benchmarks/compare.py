@@ -2,6 +2,7 @@
 
     python -m benchmarks.compare --fedjax_python=PATH --fedjax_source=PATH --pfl_python=PATH
     python -m benchmarks.compare --before=CHECKOUT
+    python -m benchmarks.compare --algorithms=fedavg,scaffold,mime ...
 
 Every library runs in a process of its own. In each turn every one of them trains the same rounds, one
 after another while the others wait, so a busy machine slows all alike; who begins rotates. The ratio of
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.machine import machine, processor, spread
 from benchmarks.peers import workloads
 from benchmarks.peers.process import ROOT, Library, Peer, PeerError
-from benchmarks.peers.protocol import Job
+from benchmarks.peers.protocol import FEDAVG, Job
 from fedexp.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +38,21 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).parent / "results"
 OURS = "fedexp"
 BEFORE = "fedexp before"
+FEDJAX, PFL = "FedJAX", "pfl-research"
+OUR_FEDAVG = "fedexp, FedAvg"  # Takes part where another algorithm is compared.
+# Algorithm -> the other libraries that have one of their own.
+ALGORITHMS = {
+    FEDAVG: (FEDJAX, PFL),
+    "fedprox": (FEDJAX, PFL),
+    "fedprox_adaptive": (PFL,),
+    "scaffold": (PFL,),
+    "reptile": (PFL,),
+    "mime": (FEDJAX,),
+    "mimelite": (FEDJAX,),
+    "agnostic": (FEDJAX,),
+    "hypcluster": (FEDJAX,),
+    "apfl": (FEDJAX,),
+}
 WARM_UP = 2  # Rounds; the first one compiles.
 MAX_ROUNDS_A_TURN = 50
 MIB = 1 << 20
@@ -48,13 +64,18 @@ Figures = dict[str, Any]
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
+    if arguments.show:
+        report = json.loads(Path(arguments.show).read_text())
+        show(report)
+        print(markdown(report))
+        return 0
     libraries = [
         Library(OURS, "fedexp_peer.py", sys.executable, str(ROOT), OURS),
         *earlier(arguments.before),
         Library(
-            "FedJAX", "fedjax_peer.py", arguments.fedjax_python, arguments.fedjax_source, "fedjax"
+            FEDJAX, "fedjax_peer.py", arguments.fedjax_python, arguments.fedjax_source, "fedjax"
         ),
-        Library("pfl-research", "pfl_peer.py", arguments.pfl_python, arguments.pfl_source, "pfl"),
+        Library(PFL, "pfl_peer.py", arguments.pfl_python, arguments.pfl_source, "pfl"),
     ]
     if arguments.before:  # Who compares with that does not miss the others.
         libraries = [library for library in libraries if not library.missing]
@@ -66,17 +87,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         "libraries": {library.name: {"commit": library.commit()} for library in libraries},
         "workloads": {},
     }
+    path = Path(arguments.output or RESULTS / f"compare_{report['date']}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         for title, (name, data) in jobs(arguments.workloads, arguments.data).items():
-            figures = compare(title, name, data, libraries, arguments, report["libraries"])
-            report["workloads"][title] = figures
+            for algorithm in arguments.algorithms:
+                full = title if algorithm == FEDAVG else f"{title}, {algorithm}"
+                found = compare(
+                    full,
+                    name,
+                    data,
+                    of_algorithm(algorithm, libraries),
+                    arguments,
+                    report["libraries"],
+                )
+                report["workloads"][full] = {"algorithm": algorithm, **found}
+                path.write_text(json.dumps(report, indent=2) + "\n")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     show(report)
-    path = Path(arguments.output or RESULTS / f"compare_{report['date']}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n")
     print(f"written to {path}")
     if arguments.plot:
         plot(report, Path(arguments.plot))
@@ -89,6 +119,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     known = ", ".join(workloads.WORKLOADS)
     add("--workloads", default=",".join(workloads.WORKLOADS), help=f"separated by commas: {known}")
+    add("--algorithms", default=FEDAVG, help=f"separated by commas: {', '.join(ALGORITHMS)}")
     add("--measure", default="rounds,start", help="rounds, start or both, separated by a comma")
     add("--data", default="glyphs", help="of the EMNIST workloads: glyphs, digits or both")
     add("--clients", type=int, default=100, help="population of generated data")
@@ -107,11 +138,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         add(f"--{option}_python", help=f"interpreter of {name}'s virtual environment")
         add(f"--{option}_source", help=f"a checkout of {name} to use instead of the package")
     add("--before", help="a checkout of an earlier fedexp, to compare with as another library")
+    add("--show", help="a file of figures to show, also as Markdown; nothing is measured")
     add("--output", help="where the figures go as JSON")
     add("--plot", help="a PNG to draw")
     arguments = parser.parse_args(argv)
     for option, choices in (
         ("workloads", tuple(workloads.WORKLOADS)),
+        ("algorithms", tuple(ALGORITHMS)),
         ("measure", ("rounds", "start")),
         ("data", ("glyphs", "digits")),
     ):
@@ -125,6 +158,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for option, least in (("turns", 5), ("starts", 1), ("cohort_size", 1), ("clients", 1)):
         if getattr(arguments, option) < least:
             parser.error(f"--{option} must be at least {least}, got {getattr(arguments, option)}")
+    texts = [name for name in arguments.workloads if workloads.WORKLOADS[name].length]
+    if "agnostic" in arguments.algorithms and texts:
+        parser.error(
+            f"--algorithms: agnostic needs classes, and {', '.join(texts)} has none; leave one out"
+        )
     for option in ("fedjax_python", "pfl_python"):
         path = getattr(arguments, option)
         if path and not os.access(path, os.X_OK):
@@ -145,6 +183,19 @@ def earlier(checkout: str | None) -> list[Library]:
     return [Library(BEFORE, str(script), sys.executable, str(folder), OURS)]
 
 
+def of_algorithm(algorithm: str, libraries: Sequence[Library]) -> list[Library]:
+    """The libraries, to train with it; and fedexp with FedAvg, if that is another one."""
+    found = [
+        library._replace(
+            algorithm=algorithm,
+            lacks=library.name in (FEDJAX, PFL) and library.name not in ALGORITHMS[algorithm],
+        )
+        for library in libraries
+    ]
+    reference = libraries[0]._replace(name=OUR_FEDAVG)
+    return found if algorithm == FEDAVG else [found[0], reference, *found[1:]]
+
+
 def jobs(names: Sequence[str], data: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Title -> workload and data; the texts are the same whatever the images are."""
     found = {}
@@ -157,6 +208,7 @@ def jobs(names: Sequence[str], data: Sequence[str]) -> dict[str, tuple[str, str]
 def settings(arguments: argparse.Namespace) -> Figures:
     """What a reader needs to repeat the run; paths are the machine's own business."""
     names = (
+        "algorithms",
         "measure",
         "data",
         "clients",
@@ -227,9 +279,11 @@ def measure_rounds(
             with noting_failure(library.name, rows):
                 say(title, f"{library.name} sets up and compiles")
                 peer = stack.enter_context(Peer(library))
-                reply = peer.ask(do="set_up", folder=folder)
+                reply = peer.ask(do="set_up", folder=folder, algorithm=library.algorithm)
                 check_parameters(reply["parameters"], figures["parameters"])
-                known[library.name] |= {key: reply[key] for key in ("versions", "device", "notes")}
+                check_algorithm(reply.get("algorithm", FEDAVG), library.algorithm)
+                if library.name in known:
+                    learn(known[library.name], reply)
                 first = peer.ask(do="train", rounds=[0, 1])["seconds"]
                 warm[library.name] = peer.ask(do="train", rounds=[1, WARM_UP])["seconds"]
                 row["first_round_seconds"] = first
@@ -266,9 +320,11 @@ def measure_rounds(
         row["ms_a_trained_example"] = 1000 * per_example
         if OURS in peers:
             row["ratio"] = spread(ratios(seconds[name], seconds[OURS]))
-    if {OURS, BEFORE} <= peers.keys():
-        rows[OURS]["over_before"] = spread(ratios(seconds[OURS], seconds[BEFORE]))
-        rows[OURS]["cpu_over_before"] = spread(ratios(cpu_seconds[OURS], cpu_seconds[BEFORE]))
+            row["cpu_ratio"] = spread(ratios(cpu_seconds[name], cpu_seconds[OURS]))
+    for other, key in ((BEFORE, "over_before"), (OUR_FEDAVG, "over_fedavg")):
+        if {OURS, other} <= peers.keys():
+            rows[OURS][key] = spread(ratios(seconds[OURS], seconds[other]))
+            rows[OURS][f"cpu_{key}"] = spread(ratios(cpu_seconds[OURS], cpu_seconds[other]))
 
 
 def measure_starts(
@@ -290,7 +346,7 @@ def measure_starts(
                 for launch in ("start", "restart"):
                     begin = time.perf_counter()
                     with Peer(library, cache) as peer:
-                        peer.ask(do="set_up", folder=folder)
+                        peer.ask(do="set_up", folder=folder, algorithm=library.algorithm)
                         reply = peer.ask(do="train", rounds=[0, 1])
                         seconds = time.perf_counter() - begin
                     found[library.name][f"{launch}_seconds"].append(seconds)
@@ -358,6 +414,18 @@ def check_parameters(found: int, expected: int) -> None:
         raise PeerError(f"its model has {found:,} parameters instead of {expected:,}")
 
 
+def check_algorithm(found: str, expected: str) -> None:
+    if found != expected:
+        raise PeerError(f"it trains with {found} instead of {expected}")
+
+
+def learn(about: Figures, reply: Figures) -> None:
+    """Adds what a peer tells of itself; notes may come with an algorithm."""
+    notes = [*about.get("notes", ()), *reply["notes"]]
+    about |= {"versions": reply["versions"], "device": reply["device"]}
+    about["notes"] = list(dict.fromkeys(notes))
+
+
 def check_work(examples: int, job: Job, rounds: range) -> None:
     """Raises PeerError unless every example was trained on once, or as filled-up batches repeat it."""
     real, filled = real_examples(job, rounds), real_examples(job, rounds, job.batch_size)
@@ -389,6 +457,7 @@ def show(report: Figures) -> None:
             "seconds a round": lambda row: shown(row["seconds_a_round"], 4),
             f"times {OURS}'s": lambda row: shown(row.get("ratio"), 2),
             "CPU seconds": lambda row: f"{row['cpu_seconds_a_round']['median']:.4f}",
+            "times": lambda row: shown(row.get("cpu_ratio"), 2),
             "examples": lambda row: f"{row['trained_examples_a_round']:.0f}",
             "ms an example": lambda row: f"{row['ms_a_trained_example']:.3f}",
             "first round": lambda row: f"{row['first_round_seconds']:.1f} s",
@@ -404,19 +473,20 @@ def show(report: Figures) -> None:
             f"times {OURS}'s second": lambda row: shown(row.get("restart_ratio"), 2),
         }
         console.print(table("from launch to the end of the first round", report, columns))
-    if BEFORE in report["libraries"]:
+    for other, key in ((BEFORE, "over_before"), (OUR_FEDAVG, "over_fedavg")):
         names = {
-            "over_before": "a round",
-            "cpu_over_before": "a round, CPU seconds",
-            "start_over_before": "from launch",
-            "restart_over_before": "from the second launch",
+            key: "a round",
+            f"cpu_{key}": "a round, CPU seconds",
+            f"start_{key}": "from launch",
+            f"restart_{key}": "from the second launch",
         }
         columns = {
-            names[key]: lambda row, key=key: shown(row.get(key), 3)
-            for key in names
-            if any(key in figures["libraries"][OURS] for figures in report["workloads"].values())
+            title: lambda row, name=name: shown(row.get(name), 3)
+            for name, title in names.items()
+            if any(name in figures["libraries"][OURS] for figures in report["workloads"].values())
         }
-        console.print(table(f"{OURS}, times {BEFORE}", report, columns, only=OURS))
+        if columns:
+            console.print(table(f"{OURS}, times {other}", report, columns, only=OURS))
     for line in remarks(report):
         console.print(f"- {line}", markup=False, highlight=False)
 
@@ -451,6 +521,29 @@ def shown(spread: Figures | None, digits: int) -> str:
         return ""
     median, low, high = (f"{spread[part]:.{digits}f}" for part in ("median", "min", "max"))
     return f"{median} ({low} to {high})"
+
+
+def markdown(report: Figures) -> str:
+    """Ratios of algorithms as Markdown: to fedexp's FedAvg, and of the others to fedexp."""
+    lines = [
+        f"| model | algorithm | {OURS}, ms | its FedAvg's, times | CPU | "
+        f"{FEDJAX}, times {OURS} | CPU | {PFL}, times {OURS} | CPU |",
+        "| --- | --- |" + " ---: |" * 7,
+    ]
+    for title, figures in report["workloads"].items():
+        rows = figures["libraries"]
+        ours = rows[OURS]
+        cells = [title.partition(",")[0], figures.get("algorithm", FEDAVG)]
+        cells += [f"{1000 * ours['seconds_a_round']['median']:.1f}" if "ratio" in ours else ""]
+        cells += [briefly(ours, "over_fedavg"), briefly(ours, "cpu_over_fedavg")]
+        for name in (FEDJAX, PFL):
+            cells += [briefly(rows.get(name, {}), key) for key in ("ratio", "cpu_ratio")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def briefly(row: Figures, key: str) -> str:
+    return f"{row[key]['median']:.2f}" if key in row else "" if "failed" not in row else "failed"
 
 
 def remarks(report: Figures) -> list[str]:
@@ -497,11 +590,14 @@ def reasons(report: Figures, kind: str) -> Mapping[str, list[str]]:
 
 def agreement(workload: str, rows: Figures) -> list[str]:
     """How far the libraries' parameters are apart where all start from zero and use no dropout."""
-    if not workload.startswith("emnist_logistic") or "norm" not in rows[OURS]:
+    random = workload.endswith("hypcluster") or not workload.startswith("emnist_logistic")
+    if random or "norm" not in rows[OURS]:
         return []
     ours = rows[OURS]["norm"]
     apart = {name: abs(row["norm"] / ours - 1) for name, row in rows.items() if "norm" in row}
-    texts = [f"{name} {value:.1e}" for name, value in apart.items() if name != OURS]
+    texts = [
+        f"{name} {value:.1e}" for name, value in apart.items() if name not in (OURS, OUR_FEDAVG)
+    ]
     return [f"{workload}: relative difference of the parameters' norm: {', '.join(texts)}"] * bool(
         texts
     )

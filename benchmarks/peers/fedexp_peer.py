@@ -12,10 +12,12 @@ from protocol import Job, Trainee, serve
 
 import fedexp.trainer  # noqa: F401  What every user's process imports counts.
 from fedexp import models, runtime, tasks
-from fedexp.algorithms import fedavg
+from fedexp.algorithms import agnostic, apfl, fedavg, fedprox, hypcluster, mime, scaffold
+from fedexp.contracts import Algorithm
 from fedexp.data import ClientBatching, FederatedDataset
 from fedexp.engine import Engine, auto
 
+WINDOW = 10  # Rounds of agnostic averaging: a class that none of them meets weighs infinitely.
 # Workloads and classes whose shipped files take a device for each core.
 SMALL = {("emnist_logistic", 62), ("shakespeare_lstm", 90)}
 
@@ -41,17 +43,37 @@ def build_task(job: Job) -> tasks.Task:
     return tasks.next_token(model)
 
 
+def build_algorithm(job: Job, task: tasks.Task) -> Algorithm:
+    """The job's algorithm; its numbers are the same with all peers."""
+    client, server = optax.sgd(job.learning_rate), optax.sgd(1.0)
+    base = optax.sgd(job.learning_rate / 10, 0.9)
+    domains = {"domain": "y", "domain_learning_rate": 0.01, "window": WINDOW}
+    made = {
+        "fedavg": lambda: fedavg(task, client, server),
+        "fedprox": lambda: fedprox(task, 0.1, client, server),
+        "fedprox_adaptive": lambda: fedprox(task, 1.0, client, server, mu_step=0.1),
+        "scaffold": lambda: scaffold(task, job.learning_rate),
+        "reptile": lambda: fedavg(task, client, server, weigh_by="uniform"),
+        "mime": lambda: mime(task, base),
+        "mimelite": lambda: mime(task, base, lite=True),
+        "agnostic": lambda: agnostic(task, job.num_classes, client, server, **domains),
+        "hypcluster": lambda: hypcluster(task, 2, client, server),
+        "apfl": lambda: apfl(task, client, server, alpha_rate=job.learning_rate, per_layer=True),
+    }
+    return made[job.algorithm]()
+
+
 def bind(job: Job) -> tuple[tasks.Task, Any, Engine]:
     """The task, its first parameters and what runs its rounds."""
     client_ids = np.array([f"client{index}" for index in range(len(job.offsets) - 1)])
     dataset = FederatedDataset(job.features, job.offsets, client_ids)
     task = build_task(job)
     params = task.init(jax.random.key(job.seed), dataset.slice(0, 1))
-    if job.workload == "emnist_logistic":
+    if job.workload == "emnist_logistic" and job.algorithm != "hypcluster":
         params = jax.tree.map(np.zeros_like, params)
     engine = Engine(
         auto(),
-        fedavg(task, optax.sgd(job.learning_rate), optax.sgd(1.0)),
+        build_algorithm(job, task),
         dataset,
         ClientBatching(job.batch_size, shuffle=False),
         params=params,
@@ -64,7 +86,8 @@ def bind(job: Job) -> tuple[tasks.Task, Any, Engine]:
 def set_up(job: Job) -> Trainee:
     small = (job.workload, job.num_classes) in SMALL
     runtime.start(num_cpu_devices="cores" if small else None)
-    _, params, engine = bind(job)
+    task, params, engine = bind(job)
+    passes = 1 + len(build_algorithm(job, task).passes)  # Each meets every example once.
     num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     state = engine.start(params)
     pool = ThreadPoolExecutor(1)
@@ -83,7 +106,7 @@ def set_up(job: Job) -> Trainee:
             output = engine.run(state, prepared)
             jax.device_get(metrics)  # Those of the round before, while this one runs.
             state, metrics = output.state, (output.metrics, output.per_client)
-            examples += prepared.num_examples
+            examples += prepared.num_examples // passes
         jax.device_get(metrics)
         jax.block_until_ready(state)
         upcoming.result()  # No round is prepared while another library's clock runs.

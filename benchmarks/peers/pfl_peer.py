@@ -1,4 +1,4 @@
-"""pfl-research with PyTorch: its simulated backend and federated averaging."""
+"""pfl-research with PyTorch: its simulated backend and its own algorithms."""
 
 from __future__ import annotations
 
@@ -6,29 +6,45 @@ import itertools
 
 import torch
 from pfl.aggregate.simulate import SimulatedBackend
-from pfl.aggregate.weighting import WeightByDatapoints
-from pfl.algorithm.base import NNAlgorithmParams
+from pfl.aggregate.weighting import WeightByDatapoints, WeightByUser
+from pfl.algorithm.base import (
+    FederatedNNAlgorithm,
+    NNAlgorithmParams,
+    PersonalizedNNAlgorithmParams,
+)
 from pfl.algorithm.federated_averaging import FederatedAveraging
+from pfl.algorithm.fedprox import AdaptMuOnMetricCallback, FedProx, FedProxParams
+from pfl.algorithm.reptile import Reptile
+from pfl.algorithm.scaffold import SCAFFOLD, SCAFFOLDParams
+from pfl.callback.base import TrainingProcessCallback
+from pfl.data.dataset import AbstractDataset, DatasetSplit
 from pfl.data.federated_dataset import FederatedDataset
 from pfl.data.pytorch import PyTorchTensorDataset
+from pfl.data.user_state import InMemoryUserStateStorage
 from pfl.hyperparam import NNEvalHyperParams, NNTrainHyperParams
 from pfl.internal.ops.pytorch_ops import get_default_device
+from pfl.metrics import Metrics, Weighted
 from pfl.model.pytorch import PyTorchModel
 from protocol import Job, Trainee, serve
 from torch import nn
 from torch.nn import functional
 
 NEVER = 1 << 30
+TRAIN_LOSS = "loss in training"
 
 
 class Network(nn.Module):
-    """What pfl asks of a module, and a count of the examples trained on."""
+    """What pfl asks of a module, a count of the examples trained on, and what they lost if asked for."""
 
     examples = 0
+    losses: list[tuple[torch.Tensor, int]] | None = None
 
     def loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         self.examples += len(x)
-        return self.mean_loss(x, y)
+        loss = self.mean_loss(x, y)
+        if self.losses is not None:
+            self.losses.append((loss.detach().clone(), len(x)))
+        return loss
 
     def mean_loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return functional.cross_entropy(self(x), y)
@@ -111,6 +127,51 @@ def tensors(job: Job, index: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x, torch.tensor(examples["y"].astype("int64"))
 
 
+class TrainLoss(TrainingProcessCallback):
+    """The cohort's loss in training, as a metric: pfl's own would take passes of their own."""
+
+    def __init__(self, network: Network):
+        self._network, network.losses = network, []
+
+    def after_central_iteration(self, aggregate_metrics, model, *, central_iteration):
+        losses, self._network.losses = self._network.losses, []
+        total = float(sum(loss * count for loss, count in losses))
+        return False, Metrics([(TRAIN_LOSS, Weighted(total, sum(count for _, count in losses)))])
+
+
+def build_algorithm(
+    job: Job, network: Network
+) -> tuple[FederatedNNAlgorithm, type[NNAlgorithmParams], dict, list[TrainingProcessCallback]]:
+    """pfl's own, what makes its parameters, those that FedAvg has not, and callbacks.
+
+    Numbers are the same with all peers.
+    """
+    if job.algorithm == "scaffold":
+        own = {
+            "population": len(job.offsets) - 1,
+            "use_gradient_as_control_variate": False,
+            "user_state_storage": InMemoryUserStateStorage(),
+        }
+        return SCAFFOLD(), SCAFFOLDParams, own, []
+    if job.algorithm == "fedprox":
+        return FedProx(), FedProxParams, {"mu": 0.1}, []
+    if job.algorithm == "fedprox_adaptive":
+        mu = AdaptMuOnMetricCallback(
+            TRAIN_LOSS,
+            adapt_frequency=1,
+            initial_value=1.0,
+            step_size=0.1,
+            decrease_mu_after_consecutive_improvements=5,
+        )
+        return FedProx(), FedProxParams, {"mu": mu}, [TrainLoss(network), mu]
+    if job.algorithm == "reptile":
+        split = {"val_split_fraction": None, "min_train_size": None, "min_val_size": None}
+        return Reptile(), PersonalizedNNAlgorithmParams, split, []
+    if job.algorithm != "fedavg":
+        raise ValueError(f"pfl has no {job.algorithm}")
+    return FederatedAveraging(), NNAlgorithmParams, {}, []
+
+
 def set_up(job: Job) -> Trainee:
     torch.manual_seed(job.seed)
     network = build_network(job)
@@ -124,17 +185,23 @@ def set_up(job: Job) -> Trainee:
     members = sorted({client for cohort in job.cohorts for client in cohort})
     data = {client: tensors(job, client) for client in members}
     members_in_turn = itertools.chain.from_iterable(job.cohorts)
-    dataset = FederatedDataset(
-        lambda client: PyTorchTensorDataset(data[client], user_id=str(client)),
-        lambda: next(members_in_turn),
-    )
-    backend = SimulatedBackend(dataset, dataset, [WeightByDatapoints()])
-    algorithm = FederatedAveraging()
+
+    def client_dataset(client: int) -> AbstractDataset:
+        own = PyTorchTensorDataset(data[client], user_id=str(client))
+        # Reptile asks for a split; all examples are trained on, and no round but the first evaluates.
+        return DatasetSplit(own, own) if job.algorithm == "reptile" else own
+
+    dataset = FederatedDataset(client_dataset, lambda: next(members_in_turn))
+    alike = job.algorithm in ("scaffold", "reptile")
+    weighting = WeightByUser() if alike else WeightByDatapoints()
+    backend = SimulatedBackend(dataset, dataset, [weighting])
+    algorithm, params, own, callbacks = build_algorithm(job, network)
 
     def train(rounds: range) -> int:
         network.examples = 0
         algorithm.run(  # Goes on from the round after the last one that it has run.
-            NNAlgorithmParams(
+            params(
+                **own,
                 central_num_iterations=rounds.stop,
                 evaluation_frequency=NEVER,
                 train_cohort_size=len(job.cohorts[0]),
@@ -148,6 +215,7 @@ def set_up(job: Job) -> Trainee:
                 local_learning_rate=job.learning_rate,
             ),
             NNEvalHyperParams(local_batch_size=job.batch_size),
+            callbacks=callbacks,
         )
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -159,7 +227,10 @@ def set_up(job: Job) -> Trainee:
     device = get_default_device()
     where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
     num_parameters = sum(parameter.numel() for parameter in trained)
-    return Trainee(num_parameters, where, train, norm, ("runs a client's last batch short",))
+    notes = ["runs a client's last batch short"]
+    if job.algorithm == "fedprox_adaptive":
+        notes.append("adapts mu to a loss that the benchmark's callback adds up in training")
+    return Trainee(num_parameters, where, train, norm, tuple(notes))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ class Library(NamedTuple):
       python: its interpreter; None if the user gave none.
       source: a checkout to import it from; None for the installed package.
       option: prefix of the command-line options for the two.
+      algorithm: what it trains.
+      lacks: whether it has no such algorithm.
     """
 
     name: str
@@ -32,10 +34,14 @@ class Library(NamedTuple):
     python: str | None
     source: str | None
     option: str
+    algorithm: str = "fedavg"
+    lacks: bool = False
 
     @property
     def missing(self) -> str | None:
         """Why it cannot run, or None."""
+        if self.lacks:
+            return f"has no {self.algorithm}"
         if self.python is None:
             return (
                 f"--{self.option}_python is not given; benchmarks/README.md tells how to set it up"

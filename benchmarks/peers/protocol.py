@@ -2,7 +2,8 @@
 
 Peers import this module in interpreters of their own, so it needs nothing but NumPy.
 
-    {"do": "set_up", "folder": ...}    -> {"parameters", "versions", "device", "notes"}
+    {"do": "set_up", "folder": ..., "algorithm": "fedavg"}
+                                       -> {"parameters", "versions", "device", "notes", "algorithm"}
     {"do": "train", "rounds": [0, 2]}  -> {"seconds", "cpu_seconds", "examples", "norm"}
 The second number of `rounds` is the first round not to run.
 Every reply has the peer's "peak_bytes". The end of its input ends a peer.
@@ -24,6 +25,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+FEDAVG = "fedavg"
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -38,6 +41,7 @@ class Job:
       cohorts: client indices of every round.
       features: name -> (num_examples, ...), in the order in which the clients train on them.
       offsets: client i owns the rows offsets[i]:offsets[i + 1].
+      algorithm: what trains it. Not in the folder: that is the same for all.
     """
 
     workload: str
@@ -48,21 +52,26 @@ class Job:
     cohorts: list[list[int]]
     features: dict[str, np.ndarray]
     offsets: np.ndarray
+    algorithm: str = FEDAVG
 
     def write(self, folder: Path) -> None:
         names = [field.name for field in dataclasses.fields(self)]
-        plain = {name: getattr(self, name) for name in names if name not in ("features", "offsets")}
+        apart = ("features", "offsets", "algorithm")
+        plain = {name: getattr(self, name) for name in names if name not in apart}
         (folder / "job.json").write_text(json.dumps(plain))
         for name, array in {**self.features, "offsets": self.offsets}.items():
             np.save(folder / f"{name}.npy", array)
 
     @classmethod
-    def read(cls, folder: Path) -> Job:
+    def read(cls, folder: Path, algorithm: str = FEDAVG) -> Job:
         """Maps the arrays into memory: a peer holds what it touches."""
         arrays = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
         offsets = np.asarray(arrays.pop("offsets"))
         return cls(
-            **json.loads((folder / "job.json").read_text()), features=arrays, offsets=offsets
+            **json.loads((folder / "job.json").read_text()),
+            features=arrays,
+            offsets=offsets,
+            algorithm=algorithm,
         )
 
     def client(self, index: int) -> dict[str, np.ndarray]:
@@ -107,12 +116,14 @@ def serve(set_up: Callable[[Job], Trainee], packages: Sequence[str]) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if request["do"] == "set_up":
-            trainee = set_up(Job.read(Path(request["folder"])))
+            job = Job.read(Path(request["folder"]), request.get("algorithm", FEDAVG))
+            trainee = set_up(job)
             reply = {
                 "parameters": trainee.parameters,
                 "device": trainee.device,
                 "versions": versions(packages),
                 "notes": trainee.notes,
+                "algorithm": job.algorithm,
             }
         else:
             begin, cpu_begin = time.perf_counter(), time.process_time()

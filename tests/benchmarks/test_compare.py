@@ -155,6 +155,8 @@ def test_generated_text(name):
         ("--workloads=emnist_cnn,mnist", "got mnist"),
         ("--pfl_python=/no/such/python", "--pfl_python: /no/such/python is not an interpreter"),
         ("--fedjax_source=/no/such/folder", "there is no folder /no/such/folder"),
+        ("--algorithms=fedavg,feddyn", "got feddyn"),
+        ("--algorithms=agnostic", "agnostic needs classes, and stackoverflow_lstm"),
         ("--before=/no/such/folder", "--before: there is no folder /no/such/folder"),
         ("--data=glyphs,letters", "got letters"),
     ],
@@ -163,6 +165,41 @@ def test_wrong_arguments(capsys, argument, message):
     with pytest.raises(SystemExit):
         compare.main([argument])
     assert message in capsys.readouterr().err
+
+
+def test_fedavg_takes_part_beside_another_algorithm():
+    ours = Library(compare.OURS, "fedexp_peer.py", sys.executable, None, "fedexp")
+    libraries = [ours, *(ours._replace(name=name) for name in (compare.FEDJAX, compare.PFL))]
+    assert compare.of_algorithm("fedavg", libraries) == libraries
+    found = compare.of_algorithm("scaffold", libraries)
+    assert [(library.name, library.algorithm, library.missing) for library in found] == [
+        ("fedexp", "scaffold", None),
+        ("fedexp, FedAvg", "fedavg", None),
+        ("FedJAX", "scaffold", "has no scaffold"),
+        ("pfl-research", "scaffold", None),
+    ]
+
+
+def test_a_peer_trains_with_the_algorithm_that_it_is_asked_for(tmp_path):
+    library = script(tmp_path, ECHO.format(folder=str(process.FOLDER)))
+    small_job().write(tmp_path)
+    with Peer(library) as peer:
+        reply = peer.ask(do="set_up", folder=str(tmp_path), algorithm="mime")
+    assert reply["algorithm"] == "mime"
+    with pytest.raises(PeerError, match="trains with fedavg instead of mime"):
+        compare.check_algorithm("fedavg", "mime")
+
+
+def test_algorithms_in_markdown():
+    def row(value: float) -> dict:
+        return {key: {"median": value} for key in ("ratio", "cpu_ratio")}
+
+    ours = {"seconds_a_round": {"median": 0.01}, **row(1), "over_fedavg": {"median": 1.5}}
+    rows = {"fedexp": ours, "FedJAX": {"missing": "has no scaffold"}, "pfl-research": row(3.25)}
+    report = {"workloads": {"emnist_cnn, scaffold": {"algorithm": "scaffold", "libraries": rows}}}
+    assert compare.markdown(report).splitlines()[2] == (
+        "| emnist_cnn | scaffold | 10.0 | 1.50 |  |  |  | 3.25 | 3.25 |"
+    )
 
 
 def test_texts_are_measured_once():
@@ -185,8 +222,13 @@ def test_missing_and_failing_libraries_are_reported(tmp_path, monkeypatch, capsy
     output, drawing = tmp_path / "figures.json", tmp_path / "figures.png"
     arguments = "--workloads=emnist_logistic --clients=4 --cohort_size=2 --turns=5 --measure=rounds"
     arguments += f" --turn_seconds=1e-9 --output={output} --plot={drawing} --pfl_python=/bin/false"
+    arguments += " --algorithms=fedavg,mime"
     assert compare.main(arguments.split()) == 1
     report = json.loads(output.read_text())
+    assert list(report["workloads"]) == ["emnist_logistic", "emnist_logistic, mime"]
+    of_mime = report["workloads"]["emnist_logistic, mime"]["libraries"]
+    assert of_mime["fedexp"]["over_fedavg"]["median"] > 0 and "norm" in of_mime["fedexp, FedAvg"]
+    assert of_mime["pfl-research"]["missing"] == "has no mime"
     figures = report["workloads"]["emnist_logistic"]
     ours, fedjax, pfl = figures["libraries"].values()
 

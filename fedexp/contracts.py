@@ -87,6 +87,10 @@ class Cohort:
         inputs = {**self.clients.inputs, **inputs}
         return dataclasses.replace(self, clients=dataclasses.replace(self.clients, inputs=inputs))
 
+    def as_expected(self) -> Cohort:
+        """The same with a cohort's expected size: the real one would tell who took part."""
+        return dataclasses.replace(self, size=jnp.float32(self.expected_size))
+
 
 # --- What one client does -----------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 
+import jax
 import numpy as np
 import optax
 import pytest
@@ -13,11 +14,11 @@ from scipy.optimize import brentq
 from scipy.stats import norm as normal
 
 from fedexp.aggregators import clip_by_norm, gaussian_noise, local_noise, mean, quantize, top_k
-from fedexp.algorithms import fedavg, fedprox, mime, scaffold
+from fedexp.algorithms import fedavg, fednova, fedprox, hypcluster, mime, scaffold
 from fedexp.checkpointing import CheckpointPlan
 from fedexp.contracts import Mechanism, Release
 from fedexp.data import ClientBatching, FederatedSplits, cyclic, fixed, hold_out, poisson, uniform
-from fedexp.engine import debug, jit
+from fedexp.engine import Engine, debug, jit
 from fedexp.errors import UserError
 from fedexp.evaluation import Evaluate
 from fedexp.privacy import (
@@ -369,6 +370,44 @@ def test_scaffolds_two_changes_have_one_noise(option):
     algorithm = scaffold(TASK, 0.05, option=option, aggregator=links(1.0))
     session = next(iter(experiment(None, algorithm=algorithm, num_rounds=1).rounds())).session
     assert session.account.parts[0].mechanisms == (Mechanism(1.0),)
+
+
+def test_what_the_server_knows_of_a_cohort_is_its_expected_size():
+    """SCAFFOLD's control variate moves by the sum of changes over the population, whoever took part."""
+    states = {}
+    for hidden in (False, True):
+        chosen = [clip_by_norm(1e6), gaussian_noise(0.0, 1e6), mean()] if hidden else [mean()]
+        algorithm = scaffold(TASK, 0.05, aggregator=chosen)
+        params = TASK.init(jax.random.key(0), None)
+        engine = Engine(
+            *(jit(), algorithm, linear.dataset(), ClientBatching(4)),
+            params=params,
+            cohort_size=4,
+            seed=0,
+        )
+        output = engine.run(engine.start(params), engine.prepare(0, np.array([0, 3])))
+        states[hidden] = output.state
+    np.testing.assert_allclose(states[True].control["w"], states[False].control["w"], rtol=1e-5)
+    change = states[False].params["w"] - params["w"]
+    np.testing.assert_allclose(states[True].params["w"] - params["w"], change / 2, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (
+            lambda chosen: hypcluster(TASK, 2, optax.sgd(0.1), optax.sgd(1.0), aggregator=chosen),
+            "how many examples each cluster",
+        ),
+        (
+            lambda chosen: fednova(TASK, 0.1, optax.sgd(1.0), aggregator=chosen),
+            "how many steps the clients make",
+        ),
+    ],
+)
+def test_numbers_of_clients_that_the_server_uses_are_releases(make, told):
+    with pytest.raises(UserError, match=f"also told {told}"):
+        next(iter(experiment(None, algorithm=make(links(1.0))).rounds()))
 
 
 @pytest.mark.parametrize(

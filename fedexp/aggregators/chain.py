@@ -66,6 +66,9 @@ def chain(*links: Aggregator) -> Aggregator:
             result = kept_server(links[i], state[i], total[i], each[i], later, cohort, link_key)
             later = result.update
             states.append(result.state)
+            noise = links[i].noise
+            if noise is not None and noise.on_sum:
+                cohort = cohort.as_expected()
             metrics = {
                 **result.metrics,
                 **metrics,

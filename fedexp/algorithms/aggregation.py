@@ -7,6 +7,8 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+
 from fedexp.contracts import (
     TRAIN,
     Aggregator,
@@ -35,6 +37,7 @@ class Aggregation(NamedTuple):
 
     Attributes:
       update: the aggregate, shaped like one client's `Update.value`.
+      size: () clients that it is the mean of; as many as are expected, where the real number is hidden.
       each: pytree of (C, ...), what the work's `finish` kept of each client.
       state: the aggregator's next state.
       client_states: pytree of (C, ...), the aggregator's next state of each client, or None.
@@ -43,6 +46,7 @@ class Aggregation(NamedTuple):
     """
 
     update: PyTree
+    size: jax.Array
     each: PyTree
     state: PyTree
     client_states: PyTree
@@ -127,13 +131,16 @@ def aggregate(
     )
     for_each_client.traffic.down((shared, aggregator.told(state)))
     for_each_client.traffic.up(bits)
-    if aggregator.noise is not None:
-        for_each_client.releases[-1] = Release("updates", aggregator.noise.mechanism(cohort))
+    size, noise = cohort.size, aggregator.noise
+    if noise is not None:
+        for_each_client.releases[-1] = Release("updates", noise.mechanism(cohort))
+        size = cohort.as_expected().size if noise.on_sum else size
     result = kept_server(aggregator, state, total, of_clients, None, cohort, key)
     who = f"Aggregator.server, {name_of(aggregator.server)}, must return an update like a client's"
     check_like(result.update, sent_value[0], who, dtypes=False)
     return Aggregation(
         result.update,
+        size,
         each,
         result.state,
         client_states,

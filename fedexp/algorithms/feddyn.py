@@ -78,10 +78,10 @@ def feddyn(
     def round_(state, cohort, for_each_client):
         shared = Shared(state.params)
         sent = aggregate(for_each_client, aggregator, state.aggregator, work, shared, cohort)
-        share = alpha * cohort.size / cohort.population
+        share = alpha * sent.size / cohort.population
         change, _ = split_statistics(sent.update)
         h = jax.tree.map(lambda h, d: h - share * d, state.h, change)
-        factor = jnp.where(cohort.size > 0, 1 / alpha, 0)  # Nobody changes nothing.
+        factor = jnp.where(sent.size > 0, 1 / alpha, 0)  # Nobody changes nothing.
         moved = optax.apply_updates(state.params, sent.update)
         params = of_trained(lambda p, h: jax.tree.map(lambda p, h: p - factor * h, p, h))(moved, h)
         state = ServerState(params, h, sent.state)

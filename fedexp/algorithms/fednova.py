@@ -12,7 +12,7 @@ import optax
 from fedexp.aggregators import Aggregators
 from fedexp.algorithms.fedavg import averaging
 from fedexp.algorithms.local import local_training
-from fedexp.contracts import Algorithm
+from fedexp.contracts import Algorithm, Release
 from fedexp.errors import check
 from fedexp.tasks import Task, of_trained
 
@@ -59,6 +59,7 @@ def fednova(
     run: Any = algorithm.round
 
     def round_(state, cohort, for_each_client):
+        for_each_client.releases.append(Release("how many steps the clients make"))
         weights = jnp.where(cohort.real, cohort.clients.num_examples, 0)
         total = (weights * norm(cohort.clients.num_steps)).sum()
         effective = total / jnp.maximum(weights.sum(), 1)

@@ -130,6 +130,7 @@ def hypcluster(
         cohort = cohort.with_inputs(cluster=choices)
         shared = Shared(state.models)
         sent = aggregate(for_each_client, aggregator, state.aggregator, work, shared, cohort)
+        for_each_client.releases.append(Release("how many examples each cluster's clients have"))
         examples = jnp.where(cohort.real, cohort.clients.num_examples, 0)
         members = jnp.where(numbers[:, None] == choices, examples, 0).sum(axis=1)
         shares = members / jnp.maximum(examples.sum(), 1)

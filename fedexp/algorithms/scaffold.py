@@ -132,7 +132,7 @@ def scaffold(
         shared = Shared(state.params, extra=state.control)
         sent = aggregate(for_each_client, aggregator, state.aggregator, work, shared, cohort)
         received, statistics = split_statistics(sent.update)
-        share = cohort.size / cohort.population
+        share = sent.size / cohort.population
         control = jax.tree.map(lambda c, d: c + share * d, state.control, received.control)
         update = join_statistics(received.params, statistics)
         params, opt_state = server_step(server_optimizer, update, state.opt_state, state.params)

@@ -206,12 +206,12 @@ def test_entropy_bits_are_fedjaxs():
     assert entropy_bits(symbols, mask, 50) == pytest.approx(arithmetic_bits(symbols[mask]), 1e-5)
     # What FedJAX's function returned for these vectors, head of July 2025.
     rng = np.random.default_rng(0)
-    for vector, bits in (
+    for drawn, bits in (
         ([0, 0, 0, 1, 1, 2, -1, 0, 3, 0], 100.7479248046875),
         (rng.integers(-3, 4, size=1000), 2929.0302734375),
         (rng.geometric(0.3, size=5000), 14955.9736328125),
     ):
-        places = np.asarray(vector) - np.min(vector)
+        places = np.asarray(drawn) - np.min(drawn)
         found = entropy_bits(places, jnp.ones(len(places), bool), 64)
         assert found + 64 == pytest.approx(bits, rel=2e-6)
 

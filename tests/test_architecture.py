@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "fedexp"
 # A room may import from those after its own floor: nothing upwards, and nothing sideways.
 FLOORS = [
     {"__main__"},
-    {"main", "plots"},
+    {"compare", "main"},
+    {"plots"},
     {"trainer"},
     {"auditing", "reporting", "several", "stopping"},
     {"session"},

@@ -1,0 +1,68 @@
+"""Runs side by side: the bindings that differ, and the metrics."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+from fedexp import compare
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Three finished runs in a folder, one without bindings of its own, and one that is not finished."""
+    for name, rate, bound, accuracy in (
+        ("a", "0.1", True, 0.5),
+        ("b", "0.01", True, 0.75),
+        ("c", "0.1", False, 0.25),
+    ):
+        folder = tmp_path / "sweep" / name
+        folder.mkdir(parents=True)
+        operative = (
+            f"# Parameters for sgd:\nsgd.learning_rate = {rate}\ntrain.num_rounds = \\\n    9\n"
+        )
+        (folder / "operative_config.gin").write_text(operative)
+        (folder / "config.gin").write_text(f"sgd.learning_rate = {rate}\n" if bound else "")
+        row = {"round": 9, "test/accuracy": accuracy, "train/loss": 1.0}
+        (folder / "final.json").write_text(json.dumps({"history": [{"round": 1}, row]}))
+    (tmp_path / "sweep" / "unfinished").mkdir()
+    return tmp_path / "sweep"
+
+
+def test_a_folder_of_runs_is_compared_and_sorted(runs, tmp_path, capsys):
+    output = tmp_path / "runs.csv"
+    assert compare.main([str(runs), "--sort=test/accuracy", f"--csv={output}"]) == 0
+    with open(output, encoding="utf-8") as file:
+        found = list(csv.reader(file))
+    assert found == [
+        ["run", "sgd.learning_rate", "round", "test/accuracy"],
+        ["b", "0.01", "9", "0.75"],
+        ["a", "0.1", "9", "0.5"],
+        ["c", "0.1", "9", "0.25"],
+    ]
+    shown = capsys.readouterr().out
+    assert shown.index("0.75") < shown.index("0.25") and "num_rounds" not in shown
+
+
+def test_chosen_metrics_of_chosen_runs(runs, capsys):
+    chosen = [str(runs / "a"), str(runs / "c"), "--metrics=train/loss"]
+    assert compare.main(chosen) == 0
+    shown = capsys.readouterr().out
+    assert "train/loss" in shown and "accuracy" not in shown and "learning_rate" not in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["unfinished"], "unfinished/final.json: there is none"),
+        (["a", "--metrics=test/acuracy"], "no run has the metric 'test/acuracy'; there are round"),
+        (["a", "--sort=loss"], "no run has the metric 'loss'"),
+        (["a", "--csv=/dev/null/x.csv"], "cannot write /dev/null/x.csv"),
+    ],
+)
+def test_mistakes_are_one_line(runs, arguments, message, capsys):
+    assert compare.main([str(runs / arguments[0]), *arguments[1:]]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error

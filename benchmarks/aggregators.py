@@ -77,6 +77,25 @@ COST = {
         "fedavg.aggregator = @centred_clipping()",
         "centred_clipping.radius = 1.0",
     ),
+    "adaptive_clipping": (
+        "fedavg.aggregator = [@adaptive_clipping(), @mean()]",
+        "adaptive_clipping.noise_multiplier = 0.5",
+    ),
+    **{
+        name: (
+            f"fedavg.aggregator = [@clip_by_norm(), @{name}(), @mean()]",
+            "clip_by_norm.norm = 1.0",
+            f"{name}.norm = 1.0",
+            f"{name}.noise_multiplier = 0.5",
+            *more,
+        )
+        for name, more in {
+            "gaussian_noise": (),
+            "tree_noise": ("tree_noise.num_rounds = 1024",),
+            "banded_noise": ("banded_noise.num_rounds = 128", "banded_noise.bands = 8"),
+            "local_noise": (),
+        }.items()
+    },
 }
 
 COHORT, SHARE = 84, 0.2
@@ -123,7 +142,12 @@ ATTACKS = {
 def load(name: str) -> Any:
     """FedAvg on the CNN with an aggregator."""
     gin.clear_config()
-    rest = ["train.dataset = @glyphs()", "glyphs.num_writers = 100", "train.num_rounds = 1000000"]
+    rest = [
+        "train.dataset = @glyphs()",
+        "glyphs.num_writers = 100",
+        "train.num_rounds = 1000000",
+        "train.privacy = None",
+    ]
     config.load(["emnist_fedavg.gin"], [*rest, *COST[name]])
     return experiment()
 

@@ -53,8 +53,9 @@ def agnostic(
     """AgnosticFedAvg of Communication-Efficient Agnostic Federated Averaging (arXiv:2104.02748, Algorithm 1).
 
     Domains weigh lambda_d, each of their examples alpha_d = lambda_d / N_d, with N_d the mean number of the
-    domain's examples in the last rounds. The domains in which the server's parameters have the greater losses
-    gain weight from round to round, for the minimax objective of Mohri et al. 2019 (arXiv:1902.00146).
+    domain's examples in the last rounds, in all of which it counts as one at least. The domains in which
+    the server's parameters have the greater losses gain weight from round to round, for the minimax
+    objective of Mohri et al. 2019 (arXiv:1902.00146).
     Every evaluation tells the weights as `domains/<number>`.
 
     Args:
@@ -132,7 +133,7 @@ def agnostic(
     def round_(state, cohort, for_each_client):
         (losses, examples), of_each = for_each_client(measuring, state, cohort, "full")
         cohort = cohort.with_inputs(examples=of_each)
-        alpha = state.domain_weights / jnp.maximum(state.counts.mean(axis=0), 1e-12)
+        alpha = state.domain_weights / jnp.maximum(state.counts.mean(axis=0), 1 / window)
         shared = Shared(state.params, extra=alpha)
         sent = aggregate(for_each_client, aggregator, state.aggregator, work, shared, cohort)
         params, opt_state = server_step(

@@ -110,7 +110,8 @@ def wait_for_checkpoint(running: list[subprocess.Popen], workdir: Path, at_least
         names = [folder.name for folder in (workdir / "checkpoints").glob("[0-9]*")]
         if any(name.isdigit() and int(name) >= at_least for name in names):
             return
-        assert all(process.poll() is None for process in running)
+        over = [process for process in running if process.poll() is not None]
+        assert not over, [(process.returncode, process.communicate()[1]) for process in over]
         time.sleep(0.02)
     raise AssertionError(f"no checkpoint of round {at_least} in time")
 

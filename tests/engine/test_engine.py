@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from fedexp.aggregators import coordinate_median, top_k
-from fedexp.algorithms import fedavg, scaffold
+from fedexp.algorithms import fedavg, mime, scaffold
 from fedexp.contracts import Algorithm, ClientWork, RoundOutput
 from fedexp.data import ClientBatching, FederatedDataset
 from fedexp.engine import Engine, Packing, debug, jit, mesh, pmap
@@ -347,14 +347,23 @@ def collectives(jaxpr, in_loop: bool = False) -> list[bool]:
 
 
 @pytest.mark.parametrize("strategy", [pmap, mesh])
-@pytest.mark.parametrize(("option", "calls"), [(1, 2), (2, 1)])
-def test_one_collective_per_for_each_client_and_none_in_the_loop(strategy, option, calls):
-    engine, state = bind(strategy(), scaffold(linear.task(), 0.05, option=option))
+@pytest.mark.parametrize(
+    ("algorithm", "sums"),
+    [
+        (lambda task: scaffold(task, 0.05, option=1), 1),  # Full gradients stay with their clients.
+        (lambda task: scaffold(task, 0.05, option=2), 1),
+        (lambda task: mime(task, optax.sgd(0.05), full_batch_size=5), 2),
+    ],
+)
+def test_one_collective_per_for_each_client_and_none_in_the_loop(strategy, algorithm, sums):
+    """For what a call adds up; one that adds up nothing needs none."""
+    engine, state = bind(strategy(), algorithm(linear.task()))
     prepared = engine.prepare(0, np.array([0, 3]))
-    states = engine.client_states.gather(
-        prepared.clients, prepared.slots, (engine.placement.num_devices, prepared.num_slots)
+    shape = (engine.placement.num_devices, prepared.num_slots)
+    states = engine.client_states and engine.client_states.gather(
+        prepared.clients, prepared.slots, shape
     )
     header, root = np.array([0, 2], np.int32), np.asarray(jax.random.key_data(engine.root))
     arguments = (None, header, root, prepared.by_device, prepared.examples, states, None)
     program = jax.make_jaxpr(engine.runner.body)(state, *arguments)
-    assert collectives(program.jaxpr) == [False] * calls
+    assert collectives(program.jaxpr) == [False] * sums

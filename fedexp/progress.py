@@ -80,6 +80,11 @@ def without_parts(metrics: Mapping[str, float], groups: Sequence[str]) -> dict[s
     }
 
 
+def without_traffic(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics without bits, whose large numbers are for plots."""
+    return {name: value for name, value in metrics.items() if not name.startswith("traffic/")}
+
+
 def print_table(history: list[dict[str, float]]) -> None:
     """Prints a run's evaluations on stdout: a row each, or a column each where the metrics are many.
 
@@ -87,7 +92,7 @@ def print_table(history: list[dict[str, float]]) -> None:
     """
     if not history:
         return
-    names = list(dict.fromkeys(name for row in history for name in row))
+    names = list(dict.fromkeys(name for row in history for name in without_traffic(row)))
     console = Console(file=sys.stdout, highlight=False)
     lines = [names, *([_cell(row.get(name)) for name in names] for row in _thinned(history, 12))]
     unbounded = console.options.update(max_width=10_000)

@@ -269,7 +269,8 @@ class Progress(Observer):
 
     def evaluation(self, report: EvaluationReport) -> None:
         whole = progress.without_parts(report.row, self._groups)
-        numbers = {name: value for name, value in whole.items() if name != "round"}
+        shown = progress.without_traffic(whole)
+        numbers = {name: value for name, value in shown.items() if name != "round"}
         self._terminal.evaluation(report.number, numbers)
 
     def close(self) -> None:

@@ -64,8 +64,7 @@ def read(path: str) -> Run:
     lines = text.replace("\\\n", " ").splitlines()
     pairs = (line.split(" = ", 1) for line in lines if " = " in line and not line.startswith("#"))
     bindings = {name: " ".join(value.split()) for name, value in pairs}
-    metrics = rows[-1] if rows else {}
-    return Run(path, bindings, {name: value for name, value in metrics.items()})
+    return Run(path, bindings, rows[-1] if rows else {})
 
 
 def differing(runs: Sequence[Run]) -> list[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gin
 import jax
 import jax.numpy as jnp
-import optax
 
+from fedexp.aggregators.clip import clipped
 from fedexp.aggregators.noising import check_noise, multiplier_for, noised_mean, normal_like
 from fedexp.contracts import Aggregator, Cohort, Mechanism, Noise, Sent
 from fedexp.errors import check
@@ -65,9 +65,7 @@ def adaptive_clipping(
 
     def client(norm, update, client_state, key):
         del client_state, key
-        length = optax.tree.norm(update.value)
-        factor = jnp.minimum(1.0, norm / jnp.maximum(length, 1e-12))
-        value = jax.tree.map(lambda leaf: factor * leaf, update.value)
+        value, length = clipped(update.value, norm)
         return Sent(update._replace(value=value, weight=jnp.float32(1)), (length <= norm) - 0.5)
 
     def server(norm, total, each, later, cohort, key):

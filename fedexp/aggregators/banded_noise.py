@@ -8,8 +8,8 @@ from typing import Any
 import gin
 import jax.numpy as jnp
 
-from fedexp.aggregators.noising import check_noise, multiplier_for, noised_mean, normal_like
-from fedexp.contracts import Aggregator, Mechanism, Noise, Sent
+from fedexp.aggregators.noising import noise_on_sum, normal_like
+from fedexp.contracts import Aggregator
 from fedexp.errors import UserError
 
 
@@ -40,34 +40,19 @@ def banded_noise(
       UserError: a number out of range, or jax-privacy is missing.
     """
     who = "banded_noise"
-    check_noise(who, noise_multiplier, norm, noise_cohort_size)
     if not 1 <= bands <= num_rounds:
         raise UserError(f"{who}.bands must be from 1 to num_rounds, {num_rounds}, got {bands}")
     coefficients = _optimised(int(num_rounds), int(bands))
     inverse = _toeplitz().inverse_as_streaming_matrix(jnp.array(coefficients, jnp.float32))
 
-    def client(state, update, client_state, key):
-        del state, client_state, key
-        return Sent(update._replace(weight=jnp.float32(1)))
-
-    def server(state, total, each, later, cohort, key):
-        del total, each
-        noise, state = inverse.multiply_next(normal_like(key, later), state)
-        multiplier = multiplier_for(who, noise_multiplier, cohort)
-        std = multiplier * norm / (noise_cohort_size or cohort.expected_size)
-        return noised_mean(later, noise, std, cohort, state)
-
-    def mechanism(cohort):
-        return Mechanism(
-            multiplier_for(who, noise_multiplier, cohort),
-            "toeplitz",
-            coefficients,
-            int(num_rounds),
-            noise_cohort_size,
-            noise_multiplier is None,
-        )
-
-    return Aggregator(client, server, inverse.init_multiply, noise=Noise(mechanism, norm))
+    return noise_on_sum(
+        *(who, noise_multiplier, norm, noise_cohort_size),
+        draw=lambda state, value, key: inverse.multiply_next(normal_like(key, value), state),
+        init=inverse.init_multiply,
+        kind="toeplitz",
+        coefficients=coefficients,
+        num_rounds=int(num_rounds),
+    )
 
 
 @functools.cache

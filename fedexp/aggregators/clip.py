@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import gin
 import jax
 import jax.numpy as jnp
 import optax
 
-from fedexp.contracts import Aggregated, Aggregator, Sent
+from fedexp.contracts import Aggregated, Aggregator, PyTree, Sent
 from fedexp.errors import check
+
+
+def clipped(value: PyTree, norm: Any) -> tuple[PyTree, jax.Array]:
+    """A value scaled down to an L2 norm over all its arrays, if its own is larger; and its own."""
+    length = optax.tree.norm(value)
+    factor = jnp.minimum(1.0, norm / jnp.maximum(length, 1e-12))
+    return jax.tree.map(lambda leaf: factor * leaf, value), length
 
 
 @gin.configurable
@@ -25,9 +34,7 @@ def clip_by_norm(norm: float = gin.REQUIRED) -> Aggregator:
 
     def client(state, update, client_state, key):
         del client_state, key
-        length = optax.tree.norm(update.value)
-        factor = jnp.minimum(1.0, norm / jnp.maximum(length, 1e-12))
-        value = jax.tree.map(lambda leaf: factor * leaf, update.value)
+        value, length = clipped(update.value, norm)
         return Sent(update._replace(value=value), total=(length > norm).astype(jnp.float32))
 
     def server(state, total, each, later, cohort, key):

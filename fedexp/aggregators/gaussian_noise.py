@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import gin
-import jax.numpy as jnp
 
-from fedexp.aggregators.noising import check_noise, multiplier_for, noised_mean, normal_like
-from fedexp.contracts import Aggregator, Mechanism, Noise, Sent
+from fedexp.aggregators.noising import noise_on_sum, normal_like
+from fedexp.contracts import Aggregator
 
 
 @gin.configurable
@@ -31,20 +30,7 @@ def gaussian_noise(
     Raises:
       UserError: a negative multiplier, or a norm or size that is not positive.
     """
-    check_noise("gaussian_noise", noise_multiplier, norm, noise_cohort_size)
-
-    def client(state, update, client_state, key):
-        del state, client_state, key
-        return Sent(update._replace(weight=jnp.float32(1)))
-
-    def server(state, total, each, later, cohort, key):
-        del total, each
-        multiplier = multiplier_for("gaussian_noise", noise_multiplier, cohort)
-        std = multiplier * norm / (noise_cohort_size or cohort.expected_size)
-        return noised_mean(later, normal_like(key, later), std, cohort, state)
-
-    def mechanism(cohort):
-        multiplier = multiplier_for("gaussian_noise", noise_multiplier, cohort)
-        return Mechanism(multiplier, cohort_size=noise_cohort_size, open=noise_multiplier is None)
-
-    return Aggregator(client, server, noise=Noise(mechanism, norm))
+    return noise_on_sum(
+        *("gaussian_noise", noise_multiplier, norm, noise_cohort_size),
+        draw=lambda state, value, key: (normal_like(key, value), state),
+    )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from fedexp.contracts import Aggregated, Cohort
+from fedexp.contracts import Aggregated, Aggregator, Cohort, Mechanism, Noise, Sent
 from fedexp.errors import UserError, check
 
 PyTree = Any
@@ -67,3 +68,47 @@ def noised_mean(
     share = cohort.size / cohort.expected_size
     update = jax.tree.map(lambda leaf, drawn: share * leaf + std * drawn, mean, noise)
     return Aggregated(update, state, {"noise_std": jnp.float32(std)})
+
+
+def noise_on_sum(
+    who: str,
+    noise_multiplier: float | None,
+    norm: float,
+    noise_cohort_size: float | None,
+    draw: Callable[[PyTree, PyTree, jax.Array], tuple[PyTree, PyTree]],
+    init: Callable[[PyTree], PyTree] = lambda value: (),
+    **of_mechanism: Any,
+) -> Aggregator:
+    """A link that adds noise to the sum of updates, all of which count alike.
+
+    Args:
+      who: its name, for messages.
+      noise_multiplier: None takes what `privacy.epsilon` asks for.
+      norm: of the clip before it.
+      noise_cohort_size: see `gaussian_noise`.
+      draw: (state, value, key) -> noise like the value, and the next state.
+      init: value -> the first state.
+      **of_mechanism: what else there is to say of the noise.
+    """
+    check_noise(who, noise_multiplier, norm, noise_cohort_size)
+
+    def client(state, update, client_state, key):
+        del state, client_state, key
+        return Sent(update._replace(weight=jnp.float32(1)))
+
+    def server(state, total, each, later, cohort, key):
+        del total, each
+        noise, state = draw(state, later, key)
+        multiplier = multiplier_for(who, noise_multiplier, cohort)
+        std = multiplier * norm / (noise_cohort_size or cohort.expected_size)
+        return noised_mean(later, noise, std, cohort, state)
+
+    def mechanism(cohort):
+        return Mechanism(
+            multiplier_for(who, noise_multiplier, cohort),
+            cohort_size=noise_cohort_size,
+            open=noise_multiplier is None,
+            **of_mechanism,
+        )
+
+    return Aggregator(client, server, init, noise=Noise(mechanism, norm))

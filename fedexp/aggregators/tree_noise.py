@@ -9,14 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedexp.aggregators.noising import (
-    PyTree,
-    check_noise,
-    multiplier_for,
-    noised_mean,
-    normal_like,
-)
-from fedexp.contracts import Aggregator, Mechanism, Noise, Sent
+from fedexp.aggregators.noising import PyTree, noise_on_sum, normal_like
+from fedexp.contracts import Aggregator
 from fedexp.errors import UserError
 
 
@@ -57,7 +51,6 @@ def tree_noise(
       UserError: a number out of range.
     """
     who = "tree_noise"
-    check_noise(who, noise_multiplier, norm, noise_cohort_size)
     if num_rounds < 1:
         raise UserError(f"{who}.num_rounds must be at least 1, got {num_rounds}")
     num_levels = int(num_rounds).bit_length()
@@ -70,12 +63,7 @@ def tree_noise(
         empty = jax.tree.map(lambda leaf: jnp.zeros((num_levels, *leaf.shape), leaf.dtype), value)
         return Tree(jnp.int32(0), empty)
 
-    def client(state, update, client_state, key):
-        del state, client_state, key
-        return Sent(update._replace(weight=jnp.float32(1)))
-
-    def server(state, total, each, later, cohort, key):
-        del total, each
+    def draw(state, value, key):
         number = state.round + 1
         height = jax.lax.population_count((number & -number) - 1)
 
@@ -83,7 +71,7 @@ def tree_noise(
             """The subtree so far and its left neighbour as one."""
             noise, gone = noise_and_gone
             neighbour = jax.tree.map(lambda leaf: leaf[level], state.levels)
-            fresh = normal_like(jax.random.fold_in(key, level + 1), later)
+            fresh = normal_like(jax.random.fold_in(key, level + 1), value)
             weight = jnp.asarray(own)[level + 1]
             noise = jax.tree.map(
                 lambda fresh, right, left: weight * fresh + (1 - weight) * (left + right),
@@ -91,22 +79,16 @@ def tree_noise(
             )
             return noise, jax.tree.map(jnp.add, gone, neighbour)
 
-        leaf = normal_like(jax.random.fold_in(key, 0), later)
-        nothing = jax.tree.map(jnp.zeros_like, later)
+        leaf = normal_like(jax.random.fold_in(key, 0), value)
+        nothing = jax.tree.map(jnp.zeros_like, value)
         noise, gone = jax.lax.fori_loop(0, height, joined, (leaf, nothing))
         levels = jax.tree.map(lambda all_, one: all_.at[height].set(one), state.levels, noise)
-        change = jax.tree.map(jnp.subtract, noise, gone)
-        multiplier = multiplier_for(who, noise_multiplier, cohort)
-        std = multiplier * norm / (noise_cohort_size or cohort.expected_size)
-        return noised_mean(later, change, std, cohort, Tree(number, levels))
+        return jax.tree.map(jnp.subtract, noise, gone), Tree(number, levels)
 
-    def mechanism(cohort):
-        return Mechanism(
-            multiplier_for(who, noise_multiplier, cohort),
-            "tree",
-            num_rounds=int(num_rounds),
-            cohort_size=noise_cohort_size,
-            open=noise_multiplier is None,
-        )
-
-    return Aggregator(client, server, init, noise=Noise(mechanism, norm))
+    return noise_on_sum(
+        *(who, noise_multiplier, norm, noise_cohort_size),
+        draw=draw,
+        init=init,
+        kind="tree",
+        num_rounds=int(num_rounds),
+    )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from fedexp.aggregators.every_update import Updates, along, of_every_update
 from fedexp.aggregators.krum import best_first, krum_scores, squared_distances
+from fedexp.aggregators.ordering import sort_clients
 from fedexp.contracts import NOTHING, Aggregator
 from fedexp.errors import check
 
@@ -43,7 +44,7 @@ def bulyan(num_attackers: int = gin.REQUIRED) -> Aggregator:
         count = jnp.maximum(selected_size - 2 * num_attackers, 1)
 
         def of_entries(leaf: jax.Array) -> jax.Array:
-            ordered = jnp.sort(jnp.where(along(selected, leaf), leaf, jnp.inf), axis=0)
+            ordered = sort_clients(jnp.where(along(selected, leaf), leaf, jnp.inf))
             low, high = (selected_size - 1) // 2, selected_size // 2
             middle = (ordered[low] + ordered[high]) / 2
             # The nearest are neighbours in this order: a window whose ends are as near as can be.

@@ -6,6 +6,7 @@ import gin
 import jax
 import jax.numpy as jnp
 
+from fedexp.aggregators.ordering import sort_clients
 from fedexp.contracts import Aggregated, Aggregator, Sent
 
 
@@ -27,7 +28,7 @@ def coordinate_median() -> Aggregator:
 
         def median(values: jax.Array) -> jax.Array:
             real = cohort.real.reshape(-1, *[1] * (values.ndim - 1))
-            ordered = jnp.sort(jnp.where(real, values, jnp.inf), axis=0)
+            ordered = sort_clients(jnp.where(real, values, jnp.inf))
             low, high = jnp.maximum(size - 1, 0) // 2, size // 2
             middle = (ordered[low] + ordered[high]) / 2
             return jnp.where(size > 0, middle, 0)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fedexp.aggregators.every_update import Updates, along, of_every_update
+from fedexp.aggregators.ordering import sort_clients
 from fedexp.contracts import NOTHING, Aggregator
 from fedexp.errors import check
 
@@ -31,7 +32,7 @@ def trimmed_mean(fraction: float = gin.REQUIRED) -> Aggregator:
         kept = (rank >= trimmed) & (rank < updates.size - trimmed)
 
         def of_entries(leaf: jax.Array) -> jax.Array:
-            ordered = jnp.where(along(kept, leaf), jnp.sort(leaf, axis=0), 0)
+            ordered = jnp.where(along(kept, leaf), sort_clients(leaf), 0)
             return ordered.sum(axis=0) / jnp.maximum(kept.sum(), 1)
 
         return jax.tree.map(of_entries, updates.where_real(jnp.inf)), state, NOTHING

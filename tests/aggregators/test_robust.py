@@ -24,6 +24,7 @@ from fedexp.aggregators import (
     sign_flip,
     trimmed_mean,
 )
+from fedexp.aggregators.ordering import sort_clients
 from fedexp.algorithms import fedavg
 from fedexp.contracts import Clients, Cohort, Update
 from fedexp.data import FederatedDataset, FederatedSplits, flipped_labels
@@ -34,6 +35,16 @@ from tests.support import linear
 from tests.support.clients import batches, first, gradient, run, vector
 
 SIZE = 11
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 33])
+def test_clients_are_sorted_like_numpy_s(size):
+    values = np.random.default_rng(size).normal(size=(size, 3, 5)).astype(np.float32)
+    values[values > 1.5] = np.inf
+    values[values < -1.5] = -np.inf
+    values[0, 0] = np.nan
+    expected = np.sort(np.where(np.isnan(values), np.inf, values), axis=0)
+    np.testing.assert_array_equal(jax.jit(sort_clients)(values), expected)
 
 
 def points(seed: int = 0, size: int = SIZE) -> np.ndarray:

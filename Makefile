@@ -1,16 +1,19 @@
-# Two commands do the main jobs, each with all its own set-up: make quickstart, make test.
+# Two commands do the main jobs, each with all its own set-up: make quickstart, make test. The slow tests are apart.
 VENV ?= .venv
 PYTHON ?= python3
 WORKDIR ?= runs/quickstart
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test slow lint clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m fedexp.main --gin_file=quickstart.gin --workdir=$(WORKDIR)
 
 test: $(VENV)/.tested
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+
+slow: $(VENV)/.tested
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 lint: $(VENV)/.linted
 	$(BIN)/ruff check .

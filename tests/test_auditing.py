@@ -63,6 +63,7 @@ def last_round(problem, multiplier: float):
     return last
 
 
+@pytest.mark.slow
 def test_with_noise_it_is_below_what_the_accountant_says(problem):
     pytest.importorskip("dp_accounting")
     last = last_round(problem, 1.0)
@@ -73,6 +74,7 @@ def test_with_noise_it_is_below_what_the_accountant_says(problem):
     assert audit(noisier, FRACTION, 3, DELTA).epsilon < found.epsilon
 
 
+@pytest.mark.slow
 def test_without_noise_it_is_far_above_zero(problem):
     last = last_round(problem, 0.0)
     found = audit(last, FRACTION, 3, DELTA)

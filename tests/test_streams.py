@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import numpy as np
 import optax
+import pytest
 
 from fedexp.aggregators import chain, mean
 from fedexp.algorithms import fine_tuning, scaffold
@@ -98,6 +99,7 @@ def experiment(recorder: Recorder) -> Experiment:
     )
 
 
+@pytest.mark.slow
 def test_no_two_uses_of_a_run_draw_the_same(monkeypatch):
     recorder, seeds = Recorder(), []
     default_rng = np.random.default_rng

@@ -216,6 +216,7 @@ def test_digits_that_are_not_there(monkeypatch, capsys):
     assert "set FEDEXP_TEST_DATA" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_missing_and_failing_libraries_are_reported(tmp_path, monkeypatch, capsys):
     """fedexp alone, really measured, beside one library that is missing and one that fails."""
     monkeypatch.setenv("FEDEXP_CACHE", str(tmp_path / "cache"))
@@ -250,6 +251,7 @@ def test_missing_and_failing_libraries_are_reported(tmp_path, monkeypatch, capsy
     assert "FedJAX missing: --fedjax_python is not given" in printed
 
 
+@pytest.mark.slow
 def test_an_earlier_checkout_is_run_with_its_own_peer_and_package(tmp_path, monkeypatch, capsys):
     """This fedexp, really measured, beside one whose peer wants a package that only its checkout has."""
     monkeypatch.setenv("FEDEXP_CACHE", str(tmp_path / "cache"))

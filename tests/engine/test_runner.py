@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+import pytest
 
 from fedexp.algorithms import fedavg
 from fedexp.data import ClientBatching
@@ -27,6 +28,7 @@ def bind(batching: ClientBatching) -> tuple[Engine, Any]:
     return engine, engine.start(params)
 
 
+@pytest.mark.slow
 def test_two_rounds_are_under_way_at_most(monkeypatch):
     """Of many, virtual CPU devices that wait for each other would starve each other of threads."""
     monkeypatch.setenv("XLA_FLAGS", "")  # Compiled as users do.
@@ -44,7 +46,7 @@ def test_two_rounds_are_under_way_at_most(monkeypatch):
         output = engine.run(state, prepared)
         state = output.state
         metrics.append(output.metrics)
-    assert under_way == [1, 2, 2, 2, 2, 2]
+    assert max(under_way) == 2  # Not always: a busy machine may dispatch late.
 
 
 def test_a_round_s_program_can_be_read():

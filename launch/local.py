@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import dataclasses
 import os
 import selectors
@@ -16,12 +15,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import IO
 
-_STOPS = (signal.SIGINT, signal.SIGTERM)
+from fedexp import children
+
 _COLOURS = (36, 33, 35, 32, 34, 31)
-_PR_SET_PDEATHSIG = 1  # From linux/prctl.h.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,7 +72,7 @@ def launch(command: Sequence[str], processes: int, *, grace: float = 15.0) -> in
     """
     address = f"localhost:{_free_port()}"
     run = _Run(grace)
-    with _incoming_signals() as incoming, selectors.DefaultSelector() as selector:
+    with children.incoming_signals() as incoming, selectors.DefaultSelector() as selector:
         selector.register(incoming, selectors.EVENT_READ)
         try:
             for index in range(processes):
@@ -106,22 +105,8 @@ def _start(
         stderr=subprocess.PIPE,
         env=os.environ | joining,
         start_new_session=True,
-        preexec_fn=_die_with(os.getpid()),
+        preexec_fn=children.die_with(os.getpid()),
     )
-
-
-def _die_with(launcher: int) -> Callable[[], None] | None:
-    """What a child does first: it asks Linux for SIGKILL when the launcher dies."""
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None).prctl
-
-    def arm() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != launcher:  # It died before the kernel was asked.
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    return arm
 
 
 def _supervise(run: _Run, selector: selectors.BaseSelector, incoming: socket.socket) -> int:
@@ -134,7 +119,7 @@ def _supervise(run: _Run, selector: selectors.BaseSelector, incoming: socket.soc
         for key, _ in ready:
             if key.fileobj is incoming:
                 for number in incoming.recv(64):
-                    if number in _STOPS:
+                    if number in children.STOPS:
                         run.stop(number)
                 continue
             try:
@@ -175,8 +160,10 @@ class _Run:
 
     def reap(self) -> None:
         """Takes out what has ended, and has the others end after the first failure."""
-        for index in [index for index, child in self.processes.items() if _has_ended(child)]:
-            code = _reap(self.processes.pop(index))
+        for index in [
+            index for index, child in self.processes.items() if children.has_ended(child)
+        ]:
+            code = children.reap(self.processes.pop(index))
             if code == 0 or self.failed:
                 continue
             if self.told is not None and (self.killed or code == 128 + self.told):
@@ -185,7 +172,7 @@ class _Run:
             self.failed = code
             self.deadline = time.monotonic() + self.grace
             others = f"; ending {self}" if self.processes else ""
-            _say(f"process {index} failed first, {_how(code)}{others}")
+            _say(f"process {index} failed first, {children.how(code)}{others}")
             if self.told is None:
                 self.told = signal.SIGTERM
                 self.send(self.told)
@@ -202,7 +189,7 @@ class _Run:
 
     def send(self, number: int) -> None:
         for child in self.processes.values():
-            _signal_group(child, number)
+            children.signal_group(child, number)
 
     def kill(self) -> None:
         self.killed = True
@@ -211,39 +198,6 @@ class _Run:
 
     def __str__(self) -> str:
         return "process " + ", ".join(map(str, self.processes))
-
-
-def _has_ended(child: subprocess.Popen[bytes]) -> bool:
-    return os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
-def _reap(child: subprocess.Popen[bytes]) -> int:
-    """Kills what an ended process has left in its group, and returns its exit code."""
-    _signal_group(child, signal.SIGKILL)  # Until it is reaped, its group's number is no one else's.
-    code = child.wait()
-    return code if code >= 0 else 128 - code
-
-
-def _signal_group(child: subprocess.Popen[bytes], number: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(child.pid, number)
-
-
-@contextlib.contextmanager
-def _incoming_signals() -> Iterator[socket.socket]:
-    """Yields a socket that receives a byte, its number, for every SIGINT, SIGTERM and SIGCHLD."""
-    receiver, sender = socket.socketpair()
-    with receiver, sender:
-        receiver.setblocking(False)
-        sender.setblocking(False)
-        handlers = {n: signal.signal(n, lambda *_: None) for n in (*_STOPS, signal.SIGCHLD)}
-        wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-        try:
-            yield receiver
-        finally:
-            signal.set_wakeup_fd(wakeup)
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
 
 
 @dataclasses.dataclass
@@ -280,11 +234,6 @@ def _prefix(index: int, sink: IO[str]) -> bytes:
     if not sink.isatty() or os.environ.get("NO_COLOR"):
         return plain.encode()
     return f"\033[{_COLOURS[index % len(_COLOURS)]}m{plain}\033[0m".encode()
-
-
-def _how(code: int) -> str:
-    ended_by = f" ({signal.strsignal(code - 128)})" if code - 128 in signal.valid_signals() else ""
-    return f"with exit code {code}{ended_by}"
 
 
 def _free_port() -> int:

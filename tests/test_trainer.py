@@ -147,7 +147,7 @@ def test_an_evaluation_that_was_cut_short_is_done_again(
 
 
 def shown_scalars(workdir):
-    """(folder, tag) -> [(step, value)] as TensorBoard reads them, without how long things took."""
+    """(folder, tag) -> [(step, value)] as TensorBoard reads them, of what was measured."""
     from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
 
@@ -156,7 +156,7 @@ def shown_scalars(workdir):
         accumulator = EventAccumulator(str(folder), size_guidance={"tensors": 0})
         accumulator.Reload()
         for tag in accumulator.Tags()["tensors"]:
-            if not tag.startswith(("training/perf/", "config/")):
+            if not tag.startswith(("training/perf/", "config/", "_hparams_", "custom_scalars")):
                 events = accumulator.Tensors(tag)
                 values = [(event.step, make_ndarray(event.tensor_proto)) for event in events]
                 shown[folder.relative_to(workdir), tag] = values

@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.INFO)
     # Imported here, so that --help and a mistyped flag answer at once.
-    from fedexp import bindings, config, paths, progress, runtime, trainer
+    from fedexp import bindings, config, paths, progress, pulse, runtime, trainer
     from fedexp.errors import UserError
 
     try:
@@ -58,6 +58,7 @@ def main(argv: Sequence[str]) -> int:
             if _WORKDIR.value:
                 stack.enter_context(trainer.using(_WORKDIR.value))
                 config.prepare_workdir(_WORKDIR.value, write=runtime.is_first())
+                stack.enter_context(pulse.told_in(_WORKDIR.value if runtime.is_first() else None))
             result = experiment().run(_WORKDIR.value, overrides=_GIN_PARAMS.value)
     except UserError as error:
         runtime.exit_process(f"error: {without_gin_frames(str(error))}", code=2)

@@ -22,6 +22,8 @@ from fedexp.errors import UserError
 _RENEWAL = 10.0
 _TERM = 60.0
 _LOOK = 1.0
+# Seconds for which somebody who only looks may have the kernel's lock.
+_PATIENCE = 0.2
 
 _leases: set[str] = set()
 
@@ -49,11 +51,29 @@ def sole_use(folder: paths.PathLike) -> Iterator[None]:
         yield
 
 
+def is_held(folder: paths.PathLike) -> bool:
+    """Whether a process, of this or another machine, seems to hold a folder.
+
+    Of a lease nobody can tell at once: a holder on another machine may be dead that has left one.
+    """
+    path = os.path.join(folder, ".lock")
+    if not paths.is_remote(folder):
+        with contextlib.suppress(OSError, ImportError), open(path, "rb") as file:
+            import fcntl  # Not on Windows.
+
+            try:  # For a moment, and beside others who look; runs wait for longer than that.
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+    owner = _read(f"{path}.owner")
+    return bool(owner) and not _is_dead(owner)
+
+
 def _locked(stack: contextlib.ExitStack, folder: paths.PathLike, path: str) -> bool:
     """Whether the kernel has locked a file until the stack ends; it may know no locks."""
     lock = filelock.FileLock(path, is_singleton=True, fallback_to_soft=False)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=_PATIENCE)
     except filelock.Timeout as error:
         raise _in_use(folder, _read(path)) from error
     except (OSError, NotImplementedError):

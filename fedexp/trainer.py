@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import signal as signals
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from fedexp import algorithms, config, models, profiling, runtime  # noqa: F401 
 from fedexp.checkpointing import CheckpointPlan, Saved, Saver, import_ahead
 from fedexp.evaluation import About
 from fedexp.privacy import Part
+from fedexp.pulse import Pulse
 from fedexp.reporting import Observer, Progress, Reports, TensorBoard
 from fedexp.session import Round, Session, Setup
 from fedexp.sole_use import sole_use
@@ -109,6 +111,8 @@ class Experiment(Setup):
         with contextlib.ExitStack() as stack:
             if workdir is not None:
                 stack.enter_context(using(workdir))
+            pulse = Pulse(workdir if runtime.is_first() else None, self.num_rounds)
+            stack.enter_context(pulse)
             fingerprints = {name: part.fingerprint() for name, part in session.splits.items()}
             saver = Saver(workdir, judge.plan, session.engine.client_states, fingerprints)
             stack.callback(saver.close)
@@ -122,7 +126,13 @@ class Experiment(Setup):
             # Of a round that was saved before its evaluations, everything is told anew.
             told = start.done - (start.report is not None)
             reports = Reports(
-                session, self.observers, workdir, told, lambda: saver.latest, start.totals
+                session,
+                self.observers,
+                workdir,
+                told,
+                lambda: saver.latest,
+                start.totals,
+                pulse,
             )
             stack.enter_context(reports)
             signal = stack.enter_context(runtime.stop_signals(reports.say))
@@ -163,6 +173,9 @@ class Experiment(Setup):
                     if workdir is None:
                         way_on = "nothing is kept without a workdir"
                     reports.say(f"stopped after round {done}; {way_on}")
+                    pulse.ends("stopped", f"by {signals.Signals(stopped_by).name}")
+                elif judge.over:
+                    pulse.ends("finished", judge.over)
                 if stopped_by or judge.over:
                     break
             saver.wait()

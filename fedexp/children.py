@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 # Those that ask a run to stop.
 STOPS = (signal.SIGINT, signal.SIGTERM)
@@ -28,6 +28,28 @@ def die_with(launcher: int) -> Callable[[], None] | None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     return arm
+
+
+def settled(command: Sequence[str], cores: Collection[int] | None) -> list[str]:
+    """A command that dies with this process and keeps to some cores.
+
+    It needs no `preexec_fn`, which is not safe where JAX has threads.
+
+    Args:
+      command: the program's path and its arguments.
+      cores: that it may use; those of this process if None.
+    """
+    allowed = ",".join(map(str, sorted(cores or ())))
+    return [sys.executable, "-m", "fedexp.children", str(os.getpid()), allowed, *command]
+
+
+def _settle(launcher: str, cores: str, *command: str) -> None:
+    """Becomes the command."""
+    if arm := die_with(int(launcher)):
+        arm()
+    if cores:
+        os.sched_setaffinity(0, map(int, cores.split(",")))
+    os.execv(command[0], command)
 
 
 def has_ended(child: subprocess.Popen[bytes]) -> bool:
@@ -69,3 +91,7 @@ def how(code: int) -> str:
     """An exit code in words."""
     ended_by = f" ({signal.strsignal(code - 128)})" if code - 128 in signal.valid_signals() else ""
     return f"with exit code {code}{ended_by}"
+
+
+if __name__ == "__main__":
+    _settle(*sys.argv[1:])

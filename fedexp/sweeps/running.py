@@ -1,0 +1,206 @@
+"""The loop of a sweep: fills the places with runs, hears how they go, and passes signals on."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import selectors
+import signal
+import socket
+from collections.abc import Sequence
+
+from fedexp import children
+from fedexp.sweeps.description import Sweep
+from fedexp.sweeps.results import Results, gather, write
+from fedexp.sweeps.table import Reporter
+from fedexp.sweeps.trials import (
+    LOG,
+    Folders,
+    Run,
+    Source,
+    Trial,
+    error_line,
+    evaluations,
+    note_failure,
+    outcome,
+)
+from fedexp.sweeps.workers import Place, Worker, start
+
+_LOOK = 1.0  # Seconds between looks at what runs tell.
+
+
+class Loop:
+    """One process's part of a sweep.
+
+    A program of several trials would be another kind of run here: what `Source.next` gives is done when all
+    of its runs have an outcome on the disk, by whatever process.
+
+    Args:
+      sweep: what is looked at.
+      source: of the trials.
+      folders: where they are.
+      places: where runs are done.
+      lines: name of the JSON lines in which evaluations are heard of; None if nothing is stopped for them.
+    """
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        source: Source,
+        folders: Folders,
+        places: Sequence[Place],
+        lines: str | None,
+    ):
+        assert sweep.metric is not None
+        self._sweep, self._metric = sweep, sweep.metric
+        self._source, self._folders, self._lines = source, folders, lines
+        self._free = list(places)
+        self._workers: list[Worker] = []
+        self._queue: collections.deque[Run] = collections.deque()
+        self._open: dict[int, Trial] = {}
+        self._pruned: set[int] = set()
+        self._heard: dict[int, int] = {}
+        self._told: int | None = None
+        self._killed = False
+
+    def run(self) -> tuple[Results, int | None]:
+        """Goes on until there is nothing to do or a signal comes.
+
+        Returns:
+          What is known then, and the signal.
+
+        Raises:
+          UserError: what has to be written cannot be. No run outlives this.
+        """
+        reporter = Reporter(self._source.total, len(self._folders.seeds))
+        with (
+            children.incoming_signals() as incoming,
+            selectors.DefaultSelector() as selector,
+            reporter,
+        ):
+            selector.register(incoming, selectors.EVENT_READ)
+            try:
+                results = gather(self._source, self._sweep)
+                while True:
+                    if self._fill():
+                        results = gather(self._source, self._sweep)
+                    reporter.show(results, [worker.run for worker in self._workers])
+                    if not self._workers:
+                        break
+                    if selector.select(_LOOK):
+                        self._receive(incoming, reporter)
+                    self._listen(reporter)
+                    ended = self._reap()
+                    if ended:
+                        results = gather(self._source, self._sweep)
+                        write(self._folders.workdir, results)
+                    for run, how in ended:
+                        reporter.ended(run, how, results)
+            finally:
+                self._kill()
+                for worker in self._workers:
+                    worker.child.wait()
+        write(self._folders.workdir, results)
+        return results, self._told
+
+    def _fill(self) -> bool:
+        """Starts runs on free places; returns whether any was."""
+        begun = False
+        while self._free and self._told is None and (run := self._next()) is not None:
+            self._workers.append(start(run, self._free.pop(0)))
+            begun = True
+        return begun
+
+    def _next(self) -> Run | None:
+        while not self._queue:
+            trial = self._source.next()
+            if trial is None:
+                return None
+            self._open[trial.number] = trial
+            self._queue.extend(r for r in trial.runs if self._state(r) == "open")
+            self._close_if_done(trial)  # Of a study that was not told any more.
+        return self._queue.popleft()
+
+    def _state(self, run: Run) -> str:
+        return outcome(run, self._metric).state
+
+    def _receive(self, incoming: socket.socket, reporter: Reporter) -> None:
+        """Passes on a first signal; a second one kills."""
+        with contextlib.suppress(BlockingIOError):
+            for number in incoming.recv(64):
+                if number not in children.STOPS:
+                    continue
+                if self._told is None:
+                    self._told = number
+                    name = signal.Signals(number).name
+                    reporter.say(
+                        f"{name} passed on to {len(self._workers)} runs; a second one kills"
+                    )
+                    for worker in self._workers:
+                        children.signal_group(worker.child, number)
+                else:
+                    self._kill()
+
+    def _listen(self, reporter: Reporter) -> None:
+        """Tells the source of evaluations of each trial's first seed; stops trials that it gives up."""
+        if self._lines is None:
+            return
+        for number in {worker.run.trial for worker in self._workers} - self._pruned:
+            first = self._open[number].runs[0]
+            size = _size(os.path.join(first.folder, self._lines))
+            if size == self._heard.get(number):
+                continue
+            self._heard[number] = size
+            told = list(evaluations(first, self._metric, self._lines))
+            if self._source.heard(self._open[number], told):
+                self._pruned.add(number)
+                self._queue = collections.deque(r for r in self._queue if r.trial != number)
+                for worker in self._workers:
+                    if worker.run.trial == number:
+                        children.signal_group(worker.child, signal.SIGTERM)
+
+    def _reap(self) -> list[tuple[Run, str]]:
+        """Takes out what has ended; returns the runs and how they did."""
+        ended = []
+        for worker in [w for w in self._workers if children.has_ended(w.child)]:
+            self._workers.remove(worker)
+            self._free.append(worker.place)
+            ended.append((worker.run, self._how(worker, children.reap(worker.child))))
+            self._close_if_done(self._open[worker.run.trial])
+        return ended
+
+    def _how(self, worker: Worker, code: int) -> str:
+        run = worker.run
+        if run.trial in self._pruned:
+            return "pruned"
+        if self._told is not None and (self._killed or code == 128 + self._told):
+            return "stopped"
+        found = outcome(run, self._metric)
+        if code == 0 and found.state == "finished":
+            return f"{self._metric} {found.value:.4g}"
+        error = error_line(
+            run.folder / LOG, worker.log_start, f"it ended {children.how(code)}; see its {LOG}"
+        )
+        note_failure(run, error)
+        return f"failed: {error}"
+
+    def _close_if_done(self, trial: Trial) -> None:
+        """Tells the source of a trial all runs of which have ended."""
+        outcomes = [outcome(run, self._metric) for run in trial.runs]
+        under_way = {worker.run.trial for worker in self._workers} | {r.trial for r in self._queue}
+        is_over = trial.number in self._pruned or all(one.state != "open" for one in outcomes)
+        if is_over and trial.number not in under_way:
+            self._source.done(self._open.pop(trial.number), outcomes)
+
+    def _kill(self) -> None:
+        self._killed = True
+        for worker in self._workers:
+            children.signal_group(worker.child, signal.SIGKILL)
+
+
+def _size(path: str) -> int:
+    try:
+        return os.path.getsize(path)
+    except FileNotFoundError:
+        return 0

@@ -1,0 +1,56 @@
+"""How a machine is divided."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from fedexp.sweeps.trials import Run
+from fedexp.sweeps.workers import places, start
+
+
+def test_one_place_has_everything_as_a_run_by_hand_has():
+    (place,) = places(1, [0, 1, 2], ["0", "1"])
+    assert place.cores is None and not place.environment
+
+
+def test_cores_and_gpus_are_divided():
+    found = places(3, list(range(8)), ["4", "5", "6"])
+    assert [sorted(place.cores) for place in found] == [[0, 1], [2, 3, 4], [5, 6, 7]]
+    assert [dict(place.environment) for place in found] == [
+        {"PJRT_NPROC": str(cores), "CUDA_VISIBLE_DEVICES": gpu}
+        for cores, gpu in ((2, "4"), (3, "5"), (3, "6"))
+    ]
+    assert [p.environment["CUDA_VISIBLE_DEVICES"] for p in places(2, [0], list("0123"))] == [
+        "0,1",
+        "2,3",
+    ]
+
+
+def test_more_places_than_gpus_share_their_memory(monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    found = [place.environment for place in places(4, [0, 1], ["7"])]
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in found] == ["7"] * 4
+    assert [e["XLA_PYTHON_CLIENT_MEM_FRACTION"] for e in found] == ["0.225"] * 4
+    assert [e["PJRT_NPROC"] for e in found] == ["1"] * 4
+
+
+def test_a_run_has_the_cores_of_its_place(tmp_path, monkeypatch):
+    code = "import os; print(sorted(os.sched_getaffinity(0)), os.environ['PJRT_NPROC'])"
+    monkeypatch.setattr(Run, "command", [sys.executable, "-c", code])
+    mine = sorted(os.sched_getaffinity(0))
+    place = places(2, [mine[0], mine[-1]], [])[1]
+    worker = start(Run(0, tmp_path / "run", None, ()), place)
+    assert worker.child.wait() == 0
+    assert (tmp_path / "run" / "log.txt").read_text() == f"[{mine[-1]}] 1\n"
+    assert sorted(os.sched_getaffinity(0)) == mine
+
+
+def test_what_is_printed_runs_by_hand(tmp_path, monkeypatch):
+    run = Run(0, tmp_path / "a b", None, ("--gin_param=a.x = 'it''s $HOME'",))
+    shown = run.shown({"PJRT_NPROC": "2"})
+    code = "import os, sys; print(sys.argv[1:], os.environ['PJRT_NPROC'])"
+    shown = shown.replace("-m fedexp.main", f'-c "{code}"')
+    done = subprocess.run(["sh", "-c", shown], capture_output=True, text=True)
+    assert done.stdout.strip() == f"{[*run.arguments, f'--workdir={tmp_path}/a b']} 2", done.stderr

@@ -29,7 +29,7 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
 .plots > div { min-width: 0; height: 25rem }
 .plots > .whole { grid-column: 1 / -1 }
 @media (max-width: 60rem) { .plots { grid-template-columns: minmax(0, 1fr) } }
-.legend { display: grid; grid-template-columns: repeat(auto-fill, minmax(22rem, 1fr)) }
+.legend { display: grid; max-height: 12rem; overflow-y: auto; column-gap: 1rem }
 .legend label { cursor: pointer }
 .legend i { display: inline-block; width: 2rem; vertical-align: middle; border-top: 3px }
 .wide { overflow-x: auto }
@@ -195,9 +195,11 @@ def _look(i: int, styles: Sequence[str]) -> tuple[str, str]:
 def _legend(found: Sequence[Setting]) -> str:
     """Of all curves; a click on a setting takes its lines away."""
     looks = [_look(i, _BORDERS) for i in range(len(found))]
+    width = max(len(one.label) for one in found) + 5
+    columns = f"repeat(auto-fill, minmax(min({width}ch, 100%), 1fr))"
     return "".join(
         [
-            '<p class="legend">',
+            f'<p class="legend" style="grid-template-columns: {columns}">',
             *(
                 f'<label><input type="checkbox" value="{i}" checked> '
                 f'<i style="border-top-style: {border}; border-color: {colour}"></i> '
@@ -226,9 +228,10 @@ def _line(parts: Mapping[str, Sequence[Setting]], name: str, metric: str) -> Any
         colour = {"color": _COLOURS[i % len(_COLOURS)]}
         named = {"name": html.escape(title), "line": colour, "mode": "lines+markers"}
         traces.append({"type": "scatter", **at, **named})
-    at = [float(one.bindings[name]) for of in parts.values() for one in of]
+    at = sorted({float(one.bindings[name]) for of in parts.values() for one in of})
     figure = _figure(traces, name, f"last {metric}", showlegend=len(parts) > 1)
-    figure.update_xaxes(type="log" if _by_logarithm(at) else "linear")
+    shown = {"tickvals": at, "ticktext": [f"{value:g}" for value in at]}
+    figure.update_xaxes(type="log" if _by_logarithm(at) else "linear", **shown)
     return figure
 
 
@@ -275,7 +278,8 @@ def _parallel(
         axes.append({"label": html.escape(metric), "values": values})
     first = axes[len(names)]["values"]
     line = {"color": first, "colorscale": "Viridis", "showscale": True}
-    figure = _figure([{"type": "parcoords", "dimensions": axes, "line": line}])
+    fonts = {"labelfont": {"size": 13}, "tickfont": {"size": 12}, "rangefont": {"size": 12}}
+    figure = _figure([{"type": "parcoords", "dimensions": axes, "line": line, **fonts}])
     figure.update_layout(margin={"t": 70, "l": 90, "r": 60})
     return figure
 

@@ -156,7 +156,8 @@ def effects(found: Sequence[Setting], metrics: Sequence[str]) -> list[Any]:
     numeric = [name for name in names if _is_numeric(one.bindings[name] for one in found)]
     others = [name for name in names if name not in numeric]
     if len(numeric) > 2 or (names and not numeric):
-        return [_parallel(found, names, numeric, metrics)]
+        shared = [name for name in metrics if all(len(one.last(name)) for one in found)]
+        return [_parallel(found, names, numeric, shared)] if shared else []
     figures = []
     for metric in metrics:
         parts: dict[str, list[Setting]] = {}
@@ -260,22 +261,16 @@ def _grid(of: Sequence[Setting], names: Sequence[str], metric: str, title: str) 
 def _parallel(
     of: Sequence[Setting], names: Sequence[str], numeric: Sequence[str], metrics: Sequence[str]
 ) -> Any:
-    complete = [one for one in of if all(len(one.last(metric)) for metric in metrics)]
     axes = []
     for name, short in zip(names, shortened(names), strict=True):
-        texts = [one.bindings[name] for one in complete]
-        axis = {"label": html.escape(short)}
+        texts = [one.bindings[name] for one in of]
         known = sorted(set(texts), key=float if name in numeric else str)
-        places = [float(text) for text in known] if name in numeric else list(range(len(known)))
+        places = [float(text) for text in known] if name in numeric else [*range(len(known))]
         if name in numeric and _by_logarithm(places):
             places = [math.log10(place) for place in places]
-        place = dict(zip(known, places, strict=True))
-        axes.append(
-            {**axis, "values": [place[t] for t in texts], "tickvals": places, "ticktext": known}
-        )
-    for metric in metrics:
-        values = [float(one.last(metric).mean()) for one in complete]
-        axes.append({"label": html.escape(metric), "values": values})
+        values = [places[known.index(text)] for text in texts]
+        axes.append({"label": short, "values": values, "tickvals": places, "ticktext": known})
+    axes += [{"label": name, "values": [one.mean(name) for one in of]} for name in metrics]
     first = axes[len(names)]["values"]
     line = {"color": first, "colorscale": "Viridis", "showscale": True}
     fonts = {"labelfont": {"size": 13}, "tickfont": {"size": 12}, "rangefont": {"size": 12}}
@@ -301,7 +296,11 @@ def _figure(traces: Sequence[Any], x: str = "", y: str = "", showlegend: bool = 
 
 def _div(figure: Any) -> str:
     write = importlib.import_module("plotly.io").to_html
-    config = {"responsive": True, "displaylogo": False}
+    offline = {
+        "showSendToCloud": False,
+        "plotlyServerURL": "",
+    }  # Nothing leaves by a slip of the mouse.
+    config = {"responsive": True, "displaylogo": False, **offline}
     written = write(figure, config=config, include_plotlyjs=False, full_html=False)
     whole = figure.data[0].type == "parcoords"
     return f'<div class="whole">{written}</div>' if whole else written

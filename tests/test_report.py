@@ -130,8 +130,9 @@ def test_more_numbers_are_parallel_coordinates(tmp_path):
     a, b, _, d, accuracy = figure.data[0].dimensions
     np.testing.assert_allclose(a["values"], [-2] * 4 + [0] * 4)  # By logarithms.
     assert list(a["ticktext"]) == ["0.01", "1"] and list(b["values"]) == [3, 3, 4, 4] * 2
-    assert list(d["values"]) == [1, *[0] * 7] or list(d["values"]) == [0, *[1] * 7]
+    assert list(d["values"]) == [1, *[0] * 7] and list(d["ticktext"]) == ["@<x>", "@y"]
     np.testing.assert_allclose(accuracy["values"], np.arange(8) / 10)
+    assert report.effects(runs.settings(read(tmp_path)), ["other/accuracy"]) == []
 
 
 def in_a_browser(page, tmp_path) -> str:
@@ -162,6 +163,7 @@ def test_a_browser_draws_and_sorts_it(grid, tmp_path, capsys):
     shown = in_a_browser(page, tmp_path)
     assert "<h1>10 runs, 5 settings, 2 seeds</h1>" in shown
     assert len(re.findall(r'class="[^"]*js-plotly-plot', shown)) == 6
+    assert 'data-title="Download' in shown and 'data-title="Share' not in shown
     # Four figures of curves: accuracy and loss by rounds and by bits; four of five settings are ticked.
     assert len(re.findall(r'class="trace scatter', shown)) == 4 * 4 * 2
     assert len(re.findall(r'class="js-fill', shown)) >= 4 * 4

@@ -35,6 +35,7 @@ class Pulse:
         self._workdir = workdir
         self._told = {"rounds": num_rounds, "metrics": {}}
         self._round, self._first = 0, (0, 0.0)
+        self._moved = time.time()
         self._end = ("finished", "")
         self._over = threading.Event()
 
@@ -78,6 +79,8 @@ class Pulse:
         told, last = None, 0.0
         while True:
             news = (self._round, self._told["metrics"])
+            if news != told:
+                self._moved = time.time()
             if news != told or time.monotonic() - last >= BEAT:
                 told, last = news, time.monotonic()
                 _write(self._workdir, self._now("running"))
@@ -88,7 +91,8 @@ class Pulse:
         number, since = self._first
         rounds, seconds = self._round - number, time.perf_counter() - since
         speed = rounds / seconds if number and rounds else None
-        return _about(state, why) | self._told | {"round": self._round, "rounds_per_second": speed}
+        moved = {"round": self._round, "moved": self._moved, "rounds_per_second": speed}
+        return _about(state, why) | self._told | moved
 
 
 @contextlib.contextmanager

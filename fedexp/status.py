@@ -32,6 +32,8 @@ _HAVE_NO_RUNS = {"checkpoints", "client_states", "plugins"}
 _MOST_METRICS = 3
 # Signs of life that a bucket's run may miss before it is taken for dead.
 _MISSED = 4
+# Seconds and rounds without news, from which on it is worth a word.
+_STILL, _ROUNDS = 120.0, 5
 _COLOURS = {"running": "green", "finished": "blue", "failed": "red", "died": "red"}
 
 
@@ -84,11 +86,13 @@ def status(workdir: str) -> Status:
     state, number, rounds = told.get("state", "died"), told.get("round", 0), told.get("rounds")
     speed, why = told.get("rounds_per_second"), told.get("why", "")
     if state in ("starting", "running"):
-        silent = time.time() - told["updated"]
-        if not is_held(workdir) or (paths.is_remote(workdir) and silent > _MISSED * pulse.BEAT):
+        now = time.time()
+        is_silent = paths.is_remote(workdir) and now - told["updated"] > _MISSED * pulse.BEAT
+        if is_silent or not is_held(workdir):
             state = "died"
-        elif silent > _MISSED * pulse.BEAT:
-            why = f"silent for {_time(silent)}"
+        patience = max(_STILL, _ROUNDS / speed if speed else 0.0)
+        if state != "died" and (still := now - told.get("moved", now)) > patience:
+            why = f"no news for {_time(still)}"
     left = (rounds - number) / speed if state == "running" and speed and rounds else None
     return Status(workdir, state, number, rounds, speed, left, told.get("metrics", {}), why)
 
@@ -109,13 +113,15 @@ def lines(runs: Sequence[Status]) -> list[list[str]]:
 
 
 def table(runs: Sequence[Status]) -> Table:
-    """The same for a terminal."""
-    made = Table("run", "state", box=SIMPLE_HEAD)
+    """The same for a terminal, without the folder that all runs are in."""
+    made = Table(box=SIMPLE_HEAD)
+    made.add_column("run", overflow="fold")
+    made.add_column("state")
     for name in ("round", "speed", "left"):
         made.add_column(name, justify="right", no_wrap=True)
     made.add_column("")
-    for run, row in zip(runs, lines(runs), strict=True):
-        made.add_row(*row, style=_COLOURS.get(run.state, ""))
+    for run, name, row in zip(runs, _below([run.path for run in runs]), lines(runs), strict=True):
+        made.add_row(name, *row[1:], style=_COLOURS.get(run.state, ""))
     return made
 
 
@@ -164,6 +170,15 @@ def _folders(path: str) -> Iterator[str]:
         below[:] = [name for name in below if name not in _HAVE_NO_RUNS]
         if not set(_RUNS).isdisjoint(files):
             yield folder
+
+
+def _below(runs: Sequence[str]) -> list[str]:
+    """Paths from the folder that has all of them."""
+    try:
+        base = os.path.commonpath([os.path.dirname(run) for run in runs])
+    except ValueError:  # Some are relative, others are not.
+        return list(runs)
+    return [os.path.relpath(run, base) for run in runs]
 
 
 def _of_final(workdir: str) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -152,9 +154,13 @@ def test_who_holds_a_folder_is_seen_and_not_disturbed(tmp_path):
     assert not sole_use.is_held(tmp_path)
     with sole_use.sole_use(tmp_path):
         assert sole_use.is_held(tmp_path)
-        with open(tmp_path / ".lock") as other:  # As somebody who looks at the same time.
-            assert sole_use.is_held(tmp_path) and other
     assert not sole_use.is_held(tmp_path)
+    with open(tmp_path / ".lock") as other:  # As somebody who looks at this moment.
+        fcntl.flock(other, fcntl.LOCK_SH)
+        assert not sole_use.is_held(tmp_path)
+        threading.Timer(0.05, fcntl.flock, (other, fcntl.LOCK_UN)).start()
+        with sole_use.sole_use(tmp_path):
+            assert sole_use.is_held(tmp_path)
     (tmp_path / ".lock.owner").write_text("1\nelsewhere\nabc\n1\n")
     assert sole_use.is_held(tmp_path)
 
@@ -189,6 +195,20 @@ def test_folders_of_runs_are_lines_in_a_pipe(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("runs", "expected"),
+    [
+        (["a/b/c"], ["c"]),
+        (["/r/a", "/r/sweep/trials/0"], ["a", "sweep/trials/0"]),
+        (["s3://b/r/1", "s3://b/r/2/3"], ["1", "2/3"]),
+        (["a", "/r/a"], ["a", "/r/a"]),
+        (["a", "a/0"], ["a", "a/0"]),
+    ],
+)
+def test_a_table_has_short_names(runs, expected):
+    assert status._below(runs) == expected
+
+
+@pytest.mark.parametrize(
     ("seconds", "expected"), [(9, "0:09"), (3725, "1:02:05"), (90061, "1 d 01:01:01")]
 )
 def test_times(seconds, expected):
@@ -196,12 +216,18 @@ def test_times(seconds, expected):
 
 
 def test_silence_is_said_here_and_is_death_in_a_bucket(tmp_path):
-    folder = write(tmp_path / "a", state="running", updated=time.time() - 600)
-    with sole_use.sole_use(folder):
-        assert (
-            status.status(folder)[1] == "running"
-            and status.status(folder).why == "silent for 10:00"
-        )
+    now = time.time()
+    for name, seconds, speed, said in (
+        ("a", 100, 1.0, ""),
+        ("b", 600, 1.0, "no news for 10:00"),
+        ("c", 600, None, "no news for 10:00"),
+        ("d", 600, 0.005, ""),  # For whose five rounds that is little.
+    ):
+        told = {"state": "running", "moved": now - seconds, "rounds_per_second": speed}
+        folder = write(tmp_path / name, **told)
+        with sole_use.sole_use(folder):
+            found = status.status(folder)
+        assert (found.state, found.why) == ("running", said)
     for name, silent, expected in (("b", 60, "running"), ("c", 600, "died")):
         url = f"memory://status/{name}"
         told = {"state": "running", "updated": time.time() - silent, "round": 1, "rounds": 2}
@@ -209,6 +235,12 @@ def test_silence_is_said_here_and_is_death_in_a_bucket(tmp_path):
         paths.write(f"{url}/.lock.owner", "1\nelsewhere\nabc\n1\n")
         assert status.status(url).state == expected
     assert status.found_in("memory://status") == ["memory://status/b", "memory://status/c"]
+
+
+def test_a_run_in_a_bucket_says_it_there():
+    run("memory://told/run", 4)
+    (found,) = map(status.status, status.found_in("memory://told"))
+    assert found[:4] == ("memory://told/run", "finished", 4, 4) and "test/loss" in found.metrics
 
 
 def test_it_is_looked_at_again_until_ctrl_c(tmp_path, capsys, monkeypatch):

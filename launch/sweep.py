@@ -9,8 +9,10 @@ reach the workdir, each takes trials that no other has.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,29 +34,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sweep", required=True, help="Gin file that binds `sweep`")
     parser.add_argument("--workdir", required=True, help="folder of the sweep and of its trials")
     parser.add_argument("--workers", type=int, default=1, help="runs at once (default: 1)")
+    parser.add_argument(
+        "--jobs", type=int, help="jobs of a cluster that share the sweep, by submitit"
+    )
+    parser.add_argument("--cluster", help="slurm or local; what submitit finds if none")
+    parser.add_argument(
+        "--cluster_param", action="append", default=[], help="of submitit, as slurm_partition=gpu"
+    )
     parser.add_argument("--dry_run", action="store_true", help="lists trials and their commands")
     options = parser.parse_args(arguments)
     if options.workers < 1:
         parser.error(f"--workers must be at least 1, got {options.workers}")
+    if options.jobs is not None and (options.jobs < 1 or options.dry_run):
+        parser.error("--jobs must be at least 1, and goes without --dry_run")
+    if options.jobs is None and (options.cluster or options.cluster_param):
+        parser.error("--cluster and --cluster_param need --jobs")
 
     from fedexp.errors import UserError
     from fedexp.sweeps import command
 
+    given = (options.gin_file, options.gin_param, options.sweep, options.workdir)
     try:
-        return command.run(
-            options.gin_file,
-            options.gin_param,
-            options.sweep,
-            options.workdir,
-            workers=options.workers,
-            dry_run=options.dry_run,
-        )
+        if options.jobs is not None:
+            return _submit(given, options)
+        return command.run(*given, workers=options.workers, dry_run=options.dry_run)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # Before the first trial.
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _submit(given: Sequence[Any], options: argparse.Namespace) -> int:
+    """Submits jobs, once a mistake would have been found; waits for those of this machine."""
+    from fedexp.sweeps import cluster, command
+
+    command.prepare(*given)
+    part = cluster.Part(*given, options.workers, os.getcwd())
+    jobs = cluster.submit(part, options.jobs, options.cluster, options.cluster_param)
+    for job in jobs:
+        print(f"job {job.job_id}: {job.paths.stdout}")
+    return max(job.result() for job in jobs) if options.cluster == "local" else 0
 
 
 if __name__ == "__main__":

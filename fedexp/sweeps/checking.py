@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from fedexp import children
 from fedexp.errors import UserError
 
 # Numbers of an evaluation's row that no evaluation gives by itself.
@@ -64,7 +65,7 @@ def ask(
         "build": build,
     }
     done = subprocess.run(
-        [sys.executable, "-m", "fedexp.sweeps.checking"],
+        children.settled([sys.executable, "-m", "fedexp.sweeps.checking"], None),
         input=json.dumps(asked),
         capture_output=True,
         text=True,

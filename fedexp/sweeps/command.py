@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from fedexp import paths
 from fedexp.errors import UserError
@@ -15,6 +16,67 @@ from fedexp.sweeps.running import Loop
 from fedexp.sweeps.study import Asked
 from fedexp.sweeps.trials import Claims, Folders, Listed, Source, Trial
 from fedexp.sweeps.workers import Place, places
+
+
+class Prepared(NamedTuple):
+    """A sweep that can be.
+
+    Attributes:
+      sweep: what it is.
+      folders: of its trials.
+      points: all of them; with a study some that it might choose.
+      described: what tells it from others.
+      lines: name of the JSON lines in which evaluations are heard of; None if nothing is stopped for them.
+    """
+
+    sweep: Sweep
+    folders: Folders
+    points: Sequence[space.Bindings]
+    described: identity.Description
+    lines: str | None
+
+
+def prepare(
+    gin_files: Sequence[str],
+    gin_params: Sequence[str],
+    sweep_file: str,
+    workdir: str,
+    claim: bool = True,
+) -> Prepared:
+    """Reads and checks a sweep, and makes its folder; see `run`.
+
+    Args:
+      gin_files: of the experiment.
+      gin_params: of the experiment.
+      sweep_file: that binds `sweep`.
+      workdir: of the sweep.
+      claim: False only reads.
+
+    Raises:
+      UserError: bad input.
+    """
+    if paths.is_remote(workdir):
+        raise UserError(
+            f"--workdir={workdir}: a sweep needs a folder of a file system, for its locks"
+        )
+    sweep, text = description.load(sweep_file)
+    if sweep.seeds is not None and any(p.split("=")[0].strip() == "train.seed" for p in gin_params):
+        raise UserError("--gin_param binds train.seed, and so does sweep.seeds; take one of them")
+    if sweep.study is None:
+        points = space.points(sweep.axes, sweep.num_points, sweep.seed)
+    else:
+        points = space.examples(sweep.axes)
+    seeded = [dict(p, **_seed(sweep)) for p in points]
+    prunes = sweep.study is not None and sweep.study.pruner is not None
+    assert sweep.metric is not None
+    told = checking.ask(gin_files, gin_params, seeded, sweep.metric, prunes, build=claim)
+    if told.observers is not None:
+        gin_params = [*gin_params, f"train.observers = {told.observers}"]
+    folders = Folders(Path(workdir), gin_files, gin_params, sweep.of_seeds)
+    described = identity.Description(text, told.experiment)
+    if claim:
+        identity.claim(folders.workdir, described)
+    return Prepared(sweep, folders, points, described, told.lines if prunes else None)
 
 
 def run(
@@ -42,38 +104,21 @@ def run(
     Raises:
       UserError: bad input, before the first trial.
     """
-    if paths.is_remote(workdir):
-        raise UserError(
-            f"--workdir={workdir}: a sweep needs a folder of a file system, for its locks"
-        )
-    sweep, text = description.load(sweep_file)
-    if sweep.seeds is not None and any(p.split("=")[0].strip() == "train.seed" for p in gin_params):
-        raise UserError("--gin_param binds train.seed, and so does sweep.seeds; take one of them")
-    listed = sweep.study is None and space.points(sweep.axes, sweep.num_points, sweep.seed)
-    points = listed or space.examples(sweep.axes)
-    seeded = [dict(p, **_seed(sweep)) for p in points]
-    prunes = sweep.study is not None and sweep.study.pruner is not None
-    assert sweep.metric is not None
-    told = checking.ask(gin_files, gin_params, seeded, sweep.metric, prunes, build=not dry_run)
-    if told.observers is not None:
-        gin_params = [*gin_params, f"train.observers = {told.observers}"]
-    folders = Folders(Path(workdir), gin_files, gin_params, sweep.of_seeds)
+    prepared = prepare(gin_files, gin_params, sweep_file, workdir, claim=not dry_run)
+    sweep, folders, points, described, lines = prepared
     where = places(workers)
     if dry_run:
         if sweep.study is not None:
             print(f"the study chooses {sweep.num_points} trials as it goes; they would be such as")
         _list([folders.trial(i, bindings) for i, bindings in enumerate(points)], where[0])
         return 0
-    described = identity.Description(text, told.experiment)
-    identity.claim(folders.workdir, described)
     claims = Claims(folders.workdir)
     source: Source
     if sweep.study is not None:
         source = Asked(sweep, described, folders, claims)
     else:
         trials = [folders.trial(i, bindings) for i, bindings in enumerate(points)]
-        source = Listed(trials, sweep.metric, claims)
-    lines = told.lines if prunes else None
+        source = Listed(trials, str(sweep.metric), claims)
     try:
         results, stopped_by = Loop(sweep, source, folders, where, lines).run()
     except OSError as error:

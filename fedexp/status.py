@@ -87,7 +87,9 @@ def status(workdir: str) -> Status:
     speed, why = told.get("rounds_per_second"), told.get("why", "")
     if state in ("starting", "running"):
         now = time.time()
-        is_silent = paths.is_remote(workdir) and now - told["updated"] > _MISSED * pulse.BEAT
+        is_silent = (
+            paths.is_remote(workdir) and now - told.get("updated", 0.0) > _MISSED * pulse.BEAT
+        )
         if is_silent or not is_held(workdir):
             state = "died"
         patience = max(_STILL, _ROUNDS / speed if speed else 0.0)

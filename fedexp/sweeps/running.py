@@ -90,7 +90,7 @@ class Loop:
                         break
                     if selector.select(_LOOK):
                         self._receive(incoming, reporter)
-                    self._listen(reporter)
+                    self._listen()
                     ended = self._reap()
                     if ended:
                         results = gather(self._source, self._sweep)
@@ -142,7 +142,7 @@ class Loop:
                 else:
                     self._kill()
 
-    def _listen(self, reporter: Reporter) -> None:
+    def _listen(self) -> None:
         """Tells the source of evaluations of each trial's first seed; stops trials that it gives up."""
         if self._lines is None:
             return

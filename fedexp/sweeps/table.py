@@ -88,8 +88,9 @@ class Reporter:
         new = self._ended(results) - (self._done_before or 0)
         if new:
             left = self._total * self._runs - self._ended(results)
-            minutes = left * (now - self._begun) / new / 60
-            table.add_row("left", f"about {minutes:.0f} min")
+            seconds = left * (now - self._begun) / new
+            shown = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+            table.add_row("left", f"about {shown}")
         return table
 
 

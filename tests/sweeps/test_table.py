@@ -51,7 +51,7 @@ def test_a_terminal_has_one_table_of_all(monkeypatch):
         "running 002: task.x = 2; seed 1",
         "best test/score 1.5 ± 0.71 by task.x = 0",
         # Four runs in 70 seconds, and four are left.
-        "left about 1 min",
+        "left about 70 s",
     ):
         assert any(line in one for one in shown), (line, shown)
 

@@ -451,6 +451,10 @@ class Reports:
         for observer in self._observers:
             observer.round(self._last)
 
+    def restart_clock(self) -> None:
+        """Leaves what was done since the last report out of the next one's seconds."""
+        self._clock = time.perf_counter()
+
     def evaluated(self, round_: Round, results: dict[str, Evaluation]) -> dict[str, float]:
         """Reports evaluations after a round that has been caught up with; returns their row of the history.
 

@@ -83,11 +83,7 @@ def run_together(
       UserError: something that each would raise alone, or what cannot be done together: clients' own
         parameters in evaluations, early stopping, privacy.
     """
-    if setup.stop is not None or any(plan.personalise for plan in setup.evaluations):
-        raise UserError(
-            "trials in one program cannot stop early, or be evaluated with clients' own parameters; run "
-            "them one by one"
-        )
+    check_together(setup)
     if jax.process_count() > 1:
         raise UserError(
             "trials in one program run in one process; give each process trials of its own"
@@ -127,6 +123,7 @@ def run_together(
                 _each(running, lambda one: one.reports.catch_up())
             if which:
                 _each(running, lambda one, which=which, last=last: one.evaluate(which, last))
+                _each(running, lambda one: one.reports.restart_clock())
             if save:
                 _each(running, lambda one: one.reports.before_checkpoint(one.round))
                 saver.save(_saved(round_, running))
@@ -135,6 +132,19 @@ def run_together(
         saver.wait()
         _each(running, lambda one: one.end(round_, stopped_by))
         return [one.outcome(round_) for one in running], stopped_by
+
+
+def check_together(setup: Experiment) -> None:
+    """Refuses experiments that are for one trial alone.
+
+    Raises:
+      UserError: early stopping, or evaluations with clients' own parameters.
+    """
+    if setup.stop is not None or any(plan.personalise for plan in setup.evaluations):
+        raise UserError(
+            "trials in one program cannot stop early, or be evaluated with clients' own parameters; run "
+            "them one by one"
+        )
 
 
 def _each(running: Sequence[_Running], do: Callable[[_Running], Any]) -> None:
@@ -175,8 +185,11 @@ class _Running:
     ):
         self.session, self.number = session, number
         self.error: str | None = None
-        self.history = [row["row"] for row in start.history if row["trial"] == number]
-        totals = (start.totals or {}).get(str(number), {})
+        rows: list[Any] = start.history  # Of all trials, as `_saved` has them.
+        self.history: list[dict[str, float]] = [
+            row["row"] for row in rows if row["trial"] == number
+        ]
+        totals: Any = (start.totals or {}).get(str(number), {})
         self._pulse = Pulse(trial.workdir, session.setup.num_rounds)
         self.reports = Reports(
             session, trial.observers, trial.workdir, start.done, latest, totals, self._pulse
@@ -198,6 +211,7 @@ class _Running:
 
     def evaluate(self, which: Sequence[int], last: bool) -> None:
         """Evaluates after the last round that was caught up with."""
+        self.reports.restart_clock()  # The others' evaluations come before and after.
         results = self.session.evaluate(self.round, which, full=last)
         self.history.append(self.reports.evaluated(self.round, results))
 

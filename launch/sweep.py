@@ -33,7 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--sweep", required=True, help="Gin file that binds `sweep`")
     parser.add_argument("--workdir", required=True, help="folder of the sweep and of its trials")
-    parser.add_argument("--workers", type=int, default=1, help="runs at once (default: 1)")
+    parser.add_argument("--workers", type=int, default=1, help="programs at once (default: 1)")
+    parser.add_argument(
+        "--vmap_trials",
+        type=int,
+        default=1,
+        help="trials in one program, of those that differ in numbers of the algorithm only (default: 1)",
+    )
     parser.add_argument(
         "--jobs", type=int, help="jobs of a cluster that share the sweep, by submitit"
     )
@@ -45,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.workers < 1:
         parser.error(f"--workers must be at least 1, got {options.workers}")
+    if options.vmap_trials < 1:
+        parser.error(f"--vmap_trials must be at least 1, got {options.vmap_trials}")
     if options.jobs is not None and (options.jobs < 1 or options.dry_run):
         parser.error("--jobs must be at least 1, and goes without --dry_run")
     if options.jobs is None and (options.cluster or options.cluster_param):
@@ -57,7 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.jobs is not None:
             return _submit(given, options)
-        return command.run(*given, workers=options.workers, dry_run=options.dry_run)
+        return command.run(
+            *given,
+            workers=options.workers,
+            vmap_trials=options.vmap_trials,
+            dry_run=options.dry_run,
+        )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -70,8 +83,8 @@ def _submit(given: Sequence[Any], options: argparse.Namespace) -> int:
     """Submits jobs, once a mistake would have been found; waits for those of this machine."""
     from fedexp.sweeps import cluster, command
 
-    command.prepare(*given)
-    part = cluster.Part(*given, options.workers, os.getcwd())
+    command.prepare(*given, together=options.vmap_trials > 1)
+    part = cluster.Part(*given, options.workers, options.vmap_trials, os.getcwd())
     jobs = cluster.submit(part, options.jobs, options.cluster, options.cluster_param)
     for job in jobs:
         print(f"job {job.job_id}: {job.paths.stdout}")

@@ -28,11 +28,13 @@ class Told(NamedTuple):
       experiment: the experiment's bindings as text, without those of axes.
       observers: its `train.observers` with JSON lines among them, if they have to be added.
       lines: the file's name that these have.
+      apart: bindings of points by which trials cannot be in one program, if that was asked.
     """
 
     experiment: str
     observers: str | None
     lines: str
+    apart: Sequence[str] = ()
 
 
 def ask(
@@ -42,6 +44,7 @@ def ask(
     metric: str,
     prunes: bool,
     build: bool,
+    together: bool = False,
 ) -> Told:
     """Checks trials in another process.
 
@@ -52,6 +55,7 @@ def ask(
       metric: that its evaluations must give.
       prunes: whether they must give it before the end.
       build: False only reads.
+      together: whether trials are to be in one program.
 
     Raises:
       UserError: what `fedexp.main` would say of a trial, in one line, or what else makes one impossible.
@@ -63,6 +67,7 @@ def ask(
         "metric": metric,
         "prunes": prunes,
         "build": build,
+        "together": together,
     }
     done = subprocess.run(
         children.settled([sys.executable, "-m", "fedexp.sweeps.checking"], None),
@@ -103,17 +108,21 @@ def _check(
     metric: str,
     prunes: bool,
     build: bool,
+    together: bool,
 ) -> Told:
     import gin
 
     # What registers names comes before what reads them.
     from fedexp import bindings, config, main, runtime, session, trainer  # noqa: F401
+    from fedexp.sweeps.vmapped import is_vmapped
+    from fedexp.together import check_together
 
     config.load(gin_files, gin_params)
     text, observers = config.as_text(), None
     if prunes:
         observers = _with_lines()
     lines = config.bindings().get("json_lines.name", "'rounds.jsonl'").strip("'\"")
+    names = [binding.split(" = ", 1)[0] for binding in points[0]]
     for point in reversed(points):
         gin.clear_config()
         overrides = [*gin_params, *point]
@@ -125,8 +134,10 @@ def _check(
         config.check_overrides_used(overrides)
         built.check_evaluations()
         _check_metric(built, metric, prunes)
-        del experiment
-    return Told(text, observers, lines)
+        if together:
+            check_together(experiment)
+    apart = [name for name in names if not is_vmapped(name)] if together else []
+    return Told(text, observers, lines, apart)
 
 
 def _with_lines() -> str | None:

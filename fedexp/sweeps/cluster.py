@@ -26,13 +26,19 @@ class Part(NamedTuple):
     sweep_file: str
     workdir: str
     workers: int
+    vmap_trials: int
     folder: str
 
     def __call__(self) -> int:
         """Takes trials until none is left; the exit code is told as the job's result."""
         os.chdir(self.folder)
         return command.run(
-            self.gin_files, self.gin_params, self.sweep_file, self.workdir, workers=self.workers
+            self.gin_files,
+            self.gin_params,
+            self.sweep_file,
+            self.workdir,
+            workers=self.workers,
+            vmap_trials=self.vmap_trials,
         )
 
     def checkpoint(self) -> Any:

@@ -15,7 +15,7 @@ from fedexp.sweeps.results import Results
 from fedexp.sweeps.running import Loop
 from fedexp.sweeps.study import Asked
 from fedexp.sweeps.trials import Claims, Folders, Listed, Source, Trial
-from fedexp.sweeps.workers import Place, places
+from fedexp.sweeps.workers import Batches, Place, places
 
 
 class Prepared(NamedTuple):
@@ -27,6 +27,7 @@ class Prepared(NamedTuple):
       points: all of them; with a study some that it might choose.
       described: what tells it from others.
       lines: name of the JSON lines in which evaluations are heard of; None if nothing is stopped for them.
+      apart: bindings by which trials cannot be in one program.
     """
 
     sweep: Sweep
@@ -34,6 +35,7 @@ class Prepared(NamedTuple):
     points: Sequence[space.Bindings]
     described: identity.Description
     lines: str | None
+    apart: Sequence[str]
 
 
 def prepare(
@@ -42,6 +44,7 @@ def prepare(
     sweep_file: str,
     workdir: str,
     claim: bool = True,
+    together: bool = False,
 ) -> Prepared:
     """Reads and checks a sweep, and makes its folder; see `run`.
 
@@ -51,6 +54,7 @@ def prepare(
       sweep_file: that binds `sweep`.
       workdir: of the sweep.
       claim: False only reads.
+      together: whether trials are to be in one program.
 
     Raises:
       UserError: bad input.
@@ -69,14 +73,19 @@ def prepare(
     seeded = [dict(p, **_seed(sweep)) for p in points]
     prunes = sweep.study is not None and sweep.study.pruner is not None
     assert sweep.metric is not None
-    told = checking.ask(gin_files, gin_params, seeded, sweep.metric, prunes, build=claim)
+    if prunes and together:
+        raise UserError("--vmap_trials: a pruner stops single trials; leave study.pruner out")
+    told = checking.ask(
+        gin_files, gin_params, seeded, sweep.metric, prunes, build=claim, together=together
+    )
     if told.observers is not None:
         gin_params = [*gin_params, f"train.observers = {told.observers}"]
     folders = Folders(Path(workdir), gin_files, gin_params, sweep.of_seeds)
     described = identity.Description(text, told.experiment)
     if claim:
         identity.claim(folders.workdir, described)
-    return Prepared(sweep, folders, points, described, told.lines if prunes else None)
+    lines = told.lines if prunes else None
+    return Prepared(sweep, folders, points, described, lines, told.apart)
 
 
 def run(
@@ -86,6 +95,7 @@ def run(
     workdir: str,
     *,
     workers: int = 1,
+    vmap_trials: int = 1,
     dry_run: bool = False,
 ) -> int:
     """Does what a sweep has left to do, and prints its results.
@@ -95,7 +105,8 @@ def run(
       gin_params: of the experiment.
       sweep_file: that binds `sweep`.
       workdir: of the sweep.
-      workers: runs at once.
+      workers: programs at once.
+      vmap_trials: runs of a program, at most.
       dry_run: only list trials and their commands.
 
     Returns:
@@ -104,8 +115,9 @@ def run(
     Raises:
       UserError: bad input, before the first trial.
     """
-    prepared = prepare(gin_files, gin_params, sweep_file, workdir, claim=not dry_run)
-    sweep, folders, points, described, lines = prepared
+    together = vmap_trials > 1
+    prepared = prepare(gin_files, gin_params, sweep_file, workdir, not dry_run, together)
+    sweep, folders, points, described, lines, apart = prepared
     where = places(workers)
     if dry_run:
         if sweep.study is not None:
@@ -120,7 +132,9 @@ def run(
         trials = [folders.trial(i, bindings) for i, bindings in enumerate(points)]
         source = Listed(trials, str(sweep.metric), claims)
     try:
-        results, stopped_by = Loop(sweep, source, folders, where, lines).run()
+        results, stopped_by = Loop(
+            sweep, source, folders, where, lines, Batches(vmap_trials, apart)
+        ).run()
     except OSError as error:
         reason = error.strerror or error
         raise UserError(

@@ -9,13 +9,13 @@ import selectors
 import signal
 import socket
 from collections.abc import Sequence
+from typing import Any
 
 from fedexp import children
 from fedexp.sweeps.description import Sweep
 from fedexp.sweeps.results import Results, gather, write
 from fedexp.sweeps.table import Reporter
 from fedexp.sweeps.trials import (
-    LOG,
     Folders,
     Run,
     Source,
@@ -25,7 +25,7 @@ from fedexp.sweeps.trials import (
     note_failure,
     outcome,
 )
-from fedexp.sweeps.workers import Place, Worker, start
+from fedexp.sweeps.workers import Batches, Place, Worker, start
 
 _LOOK = 1.0  # Seconds between looks at what runs tell.
 
@@ -33,15 +33,13 @@ _LOOK = 1.0  # Seconds between looks at what runs tell.
 class Loop:
     """One process's part of a sweep.
 
-    A program of several trials would be another kind of run here: what `Source.next` gives is done when all
-    of its runs have an outcome on the disk, by whatever process.
-
     Args:
       sweep: what is looked at.
       source: of the trials.
       folders: where they are.
       places: where runs are done.
       lines: name of the JSON lines in which evaluations are heard of; None if nothing is stopped for them.
+      batches: which runs are one program; each is its own if None.
     """
 
     def __init__(
@@ -51,10 +49,12 @@ class Loop:
         folders: Folders,
         places: Sequence[Place],
         lines: str | None,
+        batches: Batches | None = None,
     ):
         assert sweep.metric is not None
         self._sweep, self._metric = sweep, sweep.metric
         self._source, self._folders, self._lines = source, folders, lines
+        self._batches = batches or Batches()
         self._free = list(places)
         self._workers: list[Worker] = []
         self._queue: collections.deque[Run] = collections.deque()
@@ -85,7 +85,7 @@ class Loop:
                 while True:
                     if self._fill():
                         results = gather(self._source, self._sweep)
-                    reporter.show(results, [worker.run for worker in self._workers])
+                    reporter.show(results, [run for worker in self._workers for run in worker.runs])
                     if not self._workers:
                         break
                     if selector.select(_LOOK):
@@ -107,20 +107,38 @@ class Loop:
     def _fill(self) -> bool:
         """Starts runs on free places; returns whether any was."""
         begun = False
-        while self._free and self._told is None and (run := self._next()) is not None:
-            self._workers.append(start(run, self._free.pop(0)))
+        while self._free and self._told is None and (runs := self._next()):
+            self._workers.append(start(runs, self._free.pop(0), self._folders.workdir))
             begun = True
         return begun
 
-    def _next(self) -> Run | None:
+    def _next(self) -> Sequence[Run]:
+        """The runs of the next program; empty if there is nothing to do."""
         while not self._queue:
-            trial = self._source.next()
-            if trial is None:
-                return None
-            self._open[trial.number] = trial
-            self._queue.extend(r for r in trial.runs if self._state(r) == "open")
-            self._close_if_done(trial)  # Of a study that was not told any more.
-        return self._queue.popleft()
+            if not self._take():
+                return ()
+        runs = [self._queue.popleft()]
+        while len(runs) < self._batches.most:
+            like = next((r for r in self._queue if self._kind(r) == self._kind(runs[0])), None)
+            if like is not None:
+                self._queue.remove(like)
+                runs.append(like)
+            elif not self._take():
+                break
+        return runs
+
+    def _take(self) -> bool:
+        """Queues what the source's next trial has to do; False if there is none."""
+        trial = self._source.next()
+        if trial is None:
+            return False
+        self._open[trial.number] = trial
+        self._queue.extend(r for r in trial.runs if self._state(r) == "open")
+        self._close_if_done(trial)  # Of a study that was not told any more.
+        return True
+
+    def _kind(self, run: Run) -> tuple[Any, ...]:
+        return self._batches.kind(run, self._open[run.trial])
 
     def _state(self, run: Run) -> str:
         return outcome(run, self._metric).state
@@ -146,7 +164,7 @@ class Loop:
         """Tells the source of evaluations of each trial's first seed; stops trials that it gives up."""
         if self._lines is None:
             return
-        for number in {worker.run.trial for worker in self._workers} - self._pruned:
+        for number in self._under_way() - self._pruned:
             first = self._open[number].runs[0]
             size = _size(os.path.join(first.folder, self._lines))
             if size == self._heard.get(number):
@@ -157,7 +175,7 @@ class Loop:
                 self._pruned.add(number)
                 self._queue = collections.deque(r for r in self._queue if r.trial != number)
                 for worker in self._workers:
-                    if worker.run.trial == number:
+                    if any(run.trial == number for run in worker.runs):
                         children.signal_group(worker.child, signal.SIGTERM)
 
     def _reap(self) -> list[tuple[Run, str]]:
@@ -166,21 +184,26 @@ class Loop:
         for worker in [w for w in self._workers if children.has_ended(w.child)]:
             self._workers.remove(worker)
             self._free.append(worker.place)
-            ended.append((worker.run, self._how(worker, children.reap(worker.child))))
-            self._close_if_done(self._open[worker.run.trial])
+            code = children.reap(worker.child)
+            ended += [(run, self._how(worker, run, code)) for run in worker.runs]
+            for number in {run.trial for run in worker.runs}:
+                self._close_if_done(self._open[number])
         return ended
 
-    def _how(self, worker: Worker, code: int) -> str:
-        run = worker.run
+    def _how(self, worker: Worker, run: Run, code: int) -> str:
         if run.trial in self._pruned:
             return "pruned"
         if self._told is not None and (self._killed or code == 128 + self._told):
             return "stopped"
         found = outcome(run, self._metric)
-        if code == 0 and found.state == "finished":
+        several = len(worker.runs) > 1  # Of whom others may have failed.
+        if (code == 0 or several) and found.state == "finished":
             return f"{self._metric} {found.value:.4g}"
         error = error_line(
-            run.folder / LOG, worker.log_start, f"it ended {children.how(code)}; see its {LOG}"
+            worker.log,
+            worker.log_start,
+            run.folder,
+            f"it ended {children.how(code)}; see {worker.log}",
         )
         note_failure(run, error)
         return f"failed: {error}"
@@ -188,10 +211,13 @@ class Loop:
     def _close_if_done(self, trial: Trial) -> None:
         """Tells the source of a trial all runs of which have ended."""
         outcomes = [outcome(run, self._metric) for run in trial.runs]
-        under_way = {worker.run.trial for worker in self._workers} | {r.trial for r in self._queue}
+        under_way = self._under_way() | {run.trial for run in self._queue}
         is_over = trial.number in self._pruned or all(one.state != "open" for one in outcomes)
         if is_over and trial.number not in under_way:
             self._source.done(self._open.pop(trial.number), outcomes)
+
+    def _under_way(self) -> set[int]:
+        return {run.trial for worker in self._workers for run in worker.runs}
 
     def _kill(self) -> None:
         self._killed = True

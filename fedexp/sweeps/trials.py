@@ -41,6 +41,10 @@ class Run(NamedTuple):
         """What runs it, now and by hand."""
         return [sys.executable, "-m", "fedexp.main", *self.arguments, f"--workdir={self.folder}"]
 
+    def given(self, flag: str) -> list[str]:
+        """The values of a flag, as '--gin_param='."""
+        return [one.removeprefix(flag) for one in self.arguments if one.startswith(flag)]
+
     def shown(self, environment: Mapping[str, str]) -> str:
         """The command as a shell takes it."""
         variables = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
@@ -134,20 +138,22 @@ def forget_failure(run: Run) -> None:
     paths.delete(run.folder / _FAILED)
 
 
-def error_line(log: Path, start: int, how: str) -> str:
+def error_line(log: Path, start: int, folder: Path, how: str) -> str:
     """The one line that says why a run has failed.
 
     Args:
       log: what it has printed.
       start: where in it this attempt begins.
+      folder: the run's; of several runs' log, its own lines name it.
       how: what is said if it tells nothing.
     """
     with open(log, "rb") as file:
         file.seek(start)
         lines = file.read().decode("utf-8", errors="replace").splitlines()
     refusals = [line for line in lines if line.startswith("error: ")]
-    if refusals:
-        return refusals[-1].removeprefix("error: ")
+    own = [line for line in refusals if line.startswith(f"error: {folder}: ")]
+    if own or refusals:
+        return (own or refusals)[-1].removeprefix("error: ").removeprefix(f"{folder}: ")
     begun = [i for i, line in enumerate(lines) if line.startswith("Traceback ")]
     if begun:
         raised = [line for line in lines[begun[-1] + 1 :] if re.match(r"\S", line)]

@@ -1,7 +1,7 @@
 """Runs of a sweep in one program, in a process of its own: what `fedexp.main` is to one run.
 
-It is told on stdin, as JSON: `gin_files` and `gin_params` of all, the `workdir` for their checkpoints, and
-`runs`, each with a `workdir` and `gin_params` of its own.
+Its argument is a file that says as JSON: `gin_files` and `gin_params` of all, the `workdir` for their
+checkpoints, and `runs`, each with a `workdir` and `gin_params` of its own.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import gin
@@ -53,7 +54,10 @@ def run(
         overrides = [*gin_params, *runs[0]["gin_params"]]
         _load(gin_files, overrides)
         for name in numbers[0]:
-            _check_is_of_the_algorithm(name)
+            if not is_vmapped(name):
+                raise UserError(
+                    f"{name} differs, and more than train.algorithm depends on it; {_REMEDY}"
+                )
         runtime.start()
         setup = main.experiment()
         config.check_overrides_used(overrides)
@@ -98,18 +102,21 @@ def _differing(
     differing = [name for name in names if len({one.get(name) for one in texts}) > 1]
     for name in differing:
         for one in found:
-            if isinstance(value := one.get(name), bool) or not isinstance(value, int | float):
+            if not _is_number(one.get(name)):
                 raise UserError(f"{name} is no number in all of these trials; {_REMEDY}")
     return [{name: one[name] for name in differing} for one in found]
 
 
-def _check_is_of_the_algorithm(name: str) -> None:
-    """Refuses what the program itself depends on, as the size of a batch."""
+def is_vmapped(name: str) -> bool:
+    """Whether a binding in force is a number that nothing but the algorithm depends on."""
     statements = in_force().values()
-    rest = Reach(s for s in statements if s.key != ("", _TRAIN, "algorithm"))
     own = next(s for s in statements if bindings.name_of(*s.key) == name)
-    if rest.reads(own):
-        raise UserError(f"{name} differs, and more than train.algorithm depends on it; {_REMEDY}")
+    rest = Reach(s for s in statements if s.key != ("", _TRAIN, "algorithm"))
+    return _is_number(own.value) and not rest.reads(own)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _maker(task: Task) -> Make:
@@ -122,16 +129,16 @@ def _maker(task: Task) -> Make:
     return make
 
 
-def answer() -> int:
-    """Does what stdin says; an error is one line, and exit code 2."""
+def answer(file: str) -> int:
+    """Does what a file says; an error is one line, and exit code 2."""
     logging.getLogger().setLevel(logging.WARNING)
     absl_logging.use_absl_handler()
     try:
-        return run(**json.load(sys.stdin))
+        return run(**json.loads(Path(file).read_text()))
     except UserError as error:
         print(f"error: {main.without_gin_frames(str(error))}", file=sys.stderr)
         return 2
 
 
 if __name__ == "__main__":
-    sys.exit(answer())
+    sys.exit(answer(*sys.argv[1:]))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from fedexp import children
+from fedexp import children, paths
 from fedexp.errors import UserError
-from fedexp.sweeps.trials import LOG, Run
+from fedexp.sweeps.trials import LOG, Run, Trial
 
 T = TypeVar("T")
 # Of a GPU's memory, all that runs on it may have together.
@@ -30,16 +33,18 @@ class Place(NamedTuple):
 
 
 class Worker(NamedTuple):
-    """A run under way.
+    """A program under way.
 
     Attributes:
-      run: which.
+      runs: whose it is.
+      log: what it prints.
       place: where.
       child: its process.
       log_start: where in its log this attempt begins.
     """
 
-    run: Run
+    runs: Sequence[Run]
+    log: Path
     place: Place
     child: subprocess.Popen[bytes]
     log_start: int
@@ -95,18 +100,45 @@ def _gpus() -> list[str]:
     return [str(i) for i, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
 
 
-def start(run: Run, place: Place) -> Worker:
-    """Starts a run, in a session of its own: a terminal's Ctrl-C reaches only us.
+class Batches(NamedTuple):
+    """Which runs are one program.
+
+    Attributes:
+      most: runs of one.
+      apart: bindings that must be the same in all.
+    """
+
+    most: int = 1
+    apart: Sequence[str] = ()
+
+    def kind(self, run: Run, trial: Trial) -> tuple[Any, ...]:
+        """What runs of one program have in common."""
+        return run.seed, *(trial.bindings.get(name) for name in self.apart)
+
+
+def start(runs: Sequence[Run], place: Place, workdir: Path) -> Worker:
+    """Starts a program, in a session of its own: a terminal's Ctrl-C reaches only us.
+
+    Args:
+      runs: that it does; several are vmapped.
+      place: where.
+      workdir: of the sweep, for the checkpoints of several.
 
     Raises:
-      UserError: its folder cannot be written to.
+      UserError: a folder cannot be written to.
     """
+    folder, command = runs[0].folder, runs[0].command
+    if len(runs) > 1:
+        folder = workdir / "together" / _name(runs)
+        command = [sys.executable, "-m", "fedexp.sweeps.vmapped", str(folder / "runs.json")]
     try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        with open(run.folder / LOG, "ab") as log:
+        folder.mkdir(parents=True, exist_ok=True)
+        if len(runs) > 1:
+            paths.write(folder / "runs.json", json.dumps(_described(runs, folder), indent=1) + "\n")
+        with open(folder / LOG, "ab") as log:
             log_start = log.tell()
             child = subprocess.Popen(
-                children.settled(run.command, place.cores),
+                children.settled(command, place.cores),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -114,5 +146,23 @@ def start(run: Run, place: Place) -> Worker:
                 start_new_session=True,
             )
     except OSError as error:
-        raise UserError(f"cannot write {run.folder}: {error.strerror}; free space there") from error
-    return Worker(run, place, child, log_start)
+        raise UserError(f"cannot write {folder}: {error.strerror}; free space there") from error
+    return Worker(runs, folder / LOG, place, child, log_start)
+
+
+def _name(runs: Sequence[Run]) -> str:
+    """A folder's name that other runs do not have: their checkpoints would be of no use."""
+    of_all = hashlib.sha256("\n".join(str(run.folder) for run in runs).encode()).hexdigest()
+    return f"{runs[0].trial:03d}_and_{len(runs) - 1}_more_{of_all[:8]}"
+
+
+def _described(runs: Sequence[Run], folder: Path) -> dict[str, Any]:
+    """What `vmapped` is told."""
+    return {
+        "gin_files": runs[0].given("--gin_file="),
+        "gin_params": [],
+        "workdir": str(folder),
+        "runs": [
+            {"workdir": str(run.folder), "gin_params": run.given("--gin_param=")} for run in runs
+        ],
+    }

@@ -12,7 +12,7 @@ from fedexp.sweeps import cluster
 from launch import sweep
 
 REPOSITORY = Path(__file__).parent.parent.parent
-PART = cluster.Part((), (), "a.gin", "runs", 1, ".")
+PART = cluster.Part((), (), "a.gin", "runs", 1, 1, ".")
 
 
 @pytest.mark.slow

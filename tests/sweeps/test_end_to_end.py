@@ -75,3 +75,48 @@ def test_a_run_that_does_worse_is_pruned_by_its_evaluations(tmp_path, monkeypatc
     rounds = [json.loads(line)["round"] for line in (pruned / "rounds.jsonl").open()]
     assert rounds[-1] < 2000 and not (pruned / "final.json").exists()
     assert "SIGTERM: stopping after this round" in (pruned / "log.txt").read_text()
+
+
+TOGETHER = (
+    SWEEP.replace("[@axis()]", "[@axis(), @client/axis(), @size/axis()]")
+    + """
+client/axis.binding = 'client/sgd.learning_rate'
+client/axis.values = [0.02, 1e30]
+size/axis.binding = 'uniform.cohort_size'
+size/axis.values = [3, 4]
+"""
+)
+
+
+@pytest.mark.slow
+def test_trials_in_one_program_are_those_one_by_one(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(REPOSITORY)
+    found = {}
+    for name, more in {"one by one": [], "together": ["--vmap_trials=16"]}.items():
+        folder = tmp_path / name
+        assert sweep.main([*command(folder, TOGETHER), *more]) == 1  # Half of them diverge.
+        found[name] = json.loads((folder / "sweep.json").read_text())["trials"]
+    # A program for each size of the cohort, for it is no number that can be vmapped.
+    programs = [*(tmp_path / "together" / "together").iterdir()]
+    assert sorted(len(json.loads((p / "runs.json").read_text())["runs"]) for p in programs) == [
+        4,
+        4,
+    ]
+    states = [trial["state"] for trial in found["together"]]
+    assert states.count("finished") == states.count("failed") == 4
+    for one, other in zip(found["together"], found["one by one"], strict=True):
+        assert one["bindings"] == other["bindings"] and one["state"] == other["state"]
+        if one["state"] == "finished":
+            value, expected = (trial["runs"][0]["value"] for trial in (one, other))
+            assert value == pytest.approx(expected, rel=1e-5)
+        else:
+            assert "diverged" in one["runs"][0]["error"]
+    assert "The run diverged" in capfd.readouterr().err
+
+
+def test_trials_in_one_program_are_not_pruned(tmp_path, monkeypatch, capfd):
+    pytest.importorskip("optuna")
+    monkeypatch.chdir(REPOSITORY)
+    given = command(tmp_path / "runs", SWEEP + PRUNED)
+    assert sweep.main([*given, "--vmap_trials=2"]) == 2
+    assert capfd.readouterr().err.startswith("error: --vmap_trials: a pruner stops single trials")

@@ -195,9 +195,9 @@ def test_the_line_of_an_error_is_found(tmp_path):
     log = tmp_path / "log.txt"
     log.write_text("error: of an earlier attempt\n")
     size = log.stat().st_size
-    assert error_line(log, size, "nothing") == "nothing"
+    assert error_line(log, size, log.parent, "nothing") == "nothing"
     with open(log, "a") as file:
         file.write("Traceback (most recent call last):\n  File x\nKeyError: 'a'\n\nDuring\n\n")
         file.write("Traceback (most recent call last):\n  File y\njax.errors.X: big\nA note\n")
-    assert error_line(log, size, "nothing") == "jax.errors.X: big"
-    assert error_line(log, 0, "nothing") == "of an earlier attempt"
+    assert error_line(log, size, log.parent, "nothing") == "jax.errors.X: big"
+    assert error_line(log, 0, log.parent, "nothing") == "of an earlier attempt"

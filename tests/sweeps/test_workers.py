@@ -41,7 +41,7 @@ def test_a_run_has_the_cores_of_its_place(tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "command", [sys.executable, "-c", code])
     mine = sorted(os.sched_getaffinity(0))
     place = places(2, [mine[0], mine[-1]], [])[1]
-    worker = start(Run(0, tmp_path / "run", None, ()), place)
+    worker = start([Run(0, tmp_path / "run", None, ())], place, tmp_path)
     assert worker.child.wait() == 0
     assert (tmp_path / "run" / "log.txt").read_text() == f"[{mine[-1]}] 1\n"
     assert sorted(os.sched_getaffinity(0)) == mine

@@ -34,9 +34,9 @@ PRUNED = f"{STUDY}\nstudy.pruner = @MedianPruner()\n"
 def checked_here(monkeypatch):
     """The check of trials runs in this process, which has imported what it needs."""
 
-    def ask(gin_files, gin_params, points, metric, prunes, build):
+    def ask(gin_files, gin_params, points, *rest, **named):
         texts = [[f"{name} = {value}" for name, value in point.items()] for point in points]
-        return checking._check(gin_files, gin_params, texts, metric, prunes, build)
+        return checking._check(gin_files, gin_params, texts, *rest, **named)
 
     monkeypatch.setattr(checking, "ask", ask)
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.kubernetes import manifests, validate
+
 REPOSITORY = Path(__file__).parent.parent.parent
 SLURM = REPOSITORY / "launch" / "slurm.sh"
 KUBERNETES = REPOSITORY / "launch" / "kubernetes.yaml"
@@ -370,24 +372,16 @@ def test_the_slurm_script_requeues_what_the_time_limit_stopped(
         assert (tmp_path / "scontrol").read_text() == "requeue 42\n"
 
 
-def manifests() -> dict[str, dict]:
-    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
-    return {manifest["kind"]: manifest for manifest in yaml.safe_load_all(KUBERNETES.read_text())}
-
-
 @pytest.mark.parametrize("kind", ["Service", "PersistentVolumeClaim", "Job"])
 @pytest.mark.parametrize("version", ["1.31", "latest"])
 def test_the_manifests_fit_kubernetes_schema(kind, version):
-    schema = pytest.importorskip(
-        "kubernetes_validate", reason="kubernetes-validate is not installed"
-    )
-    if version == "latest":
-        version = schema.latest_version()
-    schema.validate(manifests()[kind], version, strict=True)
+    validate(manifests(KUBERNETES)[kind], version)
 
 
 def test_the_manifests_agree_with_each_other():
-    service, claim, job = (manifests()[k] for k in ("Service", "PersistentVolumeClaim", "Job"))
+    service, claim, job = (
+        manifests(KUBERNETES)[k] for k in ("Service", "PersistentVolumeClaim", "Job")
+    )
     pod = job["spec"]["template"]
     (container,) = pod["spec"]["containers"]
     env = {variable["name"]: variable.get("value") for variable in container["env"]}

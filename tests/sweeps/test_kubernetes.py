@@ -7,28 +7,19 @@ from pathlib import Path
 import pytest
 
 from fedexp.sweeps import description
+from tests.support.kubernetes import manifests, validate
 
 MANIFEST = Path(__file__).parent.parent.parent / "launch" / "kubernetes_sweep.yaml"
-
-
-def manifests() -> dict[str, dict]:
-    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
-    return {manifest["kind"]: manifest for manifest in yaml.safe_load_all(MANIFEST.read_text())}
 
 
 @pytest.mark.parametrize("kind", ["PersistentVolumeClaim", "Job"])
 @pytest.mark.parametrize("version", ["1.31", "latest"])
 def test_the_manifests_fit_kubernetes_schema(kind, version):
-    schema = pytest.importorskip(
-        "kubernetes_validate", reason="kubernetes-validate is not installed"
-    )
-    if version == "latest":
-        version = schema.latest_version()
-    schema.validate(manifests()[kind], version, strict=True)
+    validate(manifests(MANIFEST)[kind], version)
 
 
 def test_the_job_is_a_sweep_in_the_volume():
-    claim, job = (manifests()[kind] for kind in ("PersistentVolumeClaim", "Job"))
+    claim, job = (manifests(MANIFEST)[kind] for kind in ("PersistentVolumeClaim", "Job"))
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
     pod = job["spec"]["template"]["spec"]
     (container,), (volume,) = pod["containers"], pod["volumes"]

@@ -3,7 +3,7 @@
     python -m benchmarks.aggregators cost                # A round's time over the plain mean's, in turns.
     python -m benchmarks.aggregators hadamard --fedjax_source=CHECKOUT  # A rotation's time over FedJAX's.
     python -m benchmarks.aggregators attacks             # Accuracy of every rule under every attack.
-    python -m benchmarks.aggregators table               # What has been measured, as Markdown.
+    python -m benchmarks.aggregators table --write       # What has been measured, in the docs.
 
 `cost` trains the EMNIST CNN of 1.2 million parameters on glyphs, 10 clients a round. `attacks` trains a dense
 net on the digits of `benchmarks.algorithms`, 84 of 836 writers a round, of whom a fifth attacks; runs that
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import re
 import statistics
 import sys
 import time
@@ -31,13 +32,18 @@ from absl import logging
 
 import fedexp.trainer  # noqa: F401  Registers what the files name.
 from benchmarks import algorithms
-from benchmarks.machine import machine
+from benchmarks.machine import machine, processor
 from fedexp import config
 from fedexp.aggregators.rotations import hadamard, walsh_hadamard
 from fedexp.contracts import Update
 from fedexp.main import experiment
 
 RESULTS = Path(__file__).parent / "results" / "aggregators.json"
+FOLDER = Path(__file__).parent.parent / "fedexp" / "aggregators"
+DOCUMENT = Path(__file__).parent.parent / "docs" / "aggregators.md"
+BEGIN = "<!-- begin: python -m benchmarks.aggregators table --write -->"
+# Of aggregators whose files have another name.
+FILES = {"clip_by_norm": "clip", "coordinate_median": "median"}
 REFERENCE = "mean"
 CNN_SIZE = 1_206_590
 
@@ -300,19 +306,59 @@ def train(rule: str, attack: str, rounds: int) -> dict[str, Any]:
 
 
 def print_table(args: argparse.Namespace) -> None:
-    """Attacks in columns and rules in rows, in percent; then what aggregators cost."""
+    """Everything measured, as Markdown; with `--write`, between the marks in the docs."""
     content = _content()
-    if "attacks" in content:
-        print("| rule |", *(f"{attack} |" for attack in ATTACKS))
-        print("| --- |", "---: |" * len(ATTACKS))
-        for rule in RULES:
-            cells = [content["attacks"].get(attack, {}).get(rule) for attack in ATTACKS]
-            print(f"| `{rule}` |", *(f"{_percent(cell)} |" for cell in cells))
-        print()
-    if "cost" in content:
-        print("| aggregator | round | temporaries, MiB |\n| --- | ---: | ---: |")
-        for name, one in content["cost"].items():
-            print(f"| {name} | {one['ratio']:.2f} | {one['temporaries_mib']:.0f} |")
+    about = content["machines"]["cost"]
+    where = f"{processor(about)}, {about['cores']} cores"
+    text = "\n\n".join((attacks_table(content["attacks"]), cost_table(content["cost"], where)))
+    if args.write:
+        algorithms.write_between(DOCUMENT, BEGIN, text)
+    else:
+        print(text)
+
+
+def attacks_table(runs: dict[str, Any]) -> str:
+    """Rules in rows and attacks in columns, in percent."""
+    settings = runs["settings"]
+    head = (
+        f"Accuracy in percent after {settings['rounds']} rounds of {settings['cohort']} clients, of whom "
+        f"{settings['share']:.0%} attack on average; rules are told of {settings['assumed']}. One seed."
+    )
+    lines = [_row("rule", *ATTACKS), _row("---", *["---:"] * len(ATTACKS))]
+    for rule in RULES:
+        cells = [_percent(runs.get(attack, {}).get(rule)) for attack in ATTACKS]
+        lines.append(_row(f"`{rule}`", *cells))
+    beyond = sum(
+        one.get("rounds_beyond", 0) for attack in ATTACKS for one in runs.get(attack, {}).values()
+    )
+    foot = f"In {beyond} rounds of all these runs more attacked than the rules were told of."
+    return "\n\n".join((head, "\n".join(lines), foot))
+
+
+def cost_table(costs: dict[str, Any], where: str) -> str:
+    """A row an aggregator."""
+    head = (
+        "Lines: of the file, and of those the ones with code. Round: time over the plain mean's, the median "
+        f"over turns ({where}). Memory: what XLA plans for a round's temporaries, MiB."
+    )
+    lines = [
+        _row("aggregator", "arXiv", "file", "lines", "round", "memory"),
+        _row("---", "---", "---", *["---:"] * 3),
+    ]
+    for name, one in costs.items():
+        link = re.split(",| of ", name)[0]
+        path = FOLDER / f"{FILES.get(link, link)}.py"
+        all_lines, code = algorithms.count_lines(path)
+        cells = f"{one['ratio']:.2f}", f"{one['temporaries_mib']:.0f}"
+        papers = dict.fromkeys(re.findall(r"arXiv:([\d.]+\d)", path.read_text()))
+        lines.append(
+            _row(name, ", ".join(papers), f"`{path.name}`", f"{all_lines}, {code}", *cells)
+        )
+    return "\n\n".join((head, "\n".join(lines)))
+
+
+def _row(*cells: str) -> str:
+    return re.sub(" +", " ", f"| {' | '.join(cells)} |")
 
 
 def _percent(cell: dict[str, Any] | None) -> str:
@@ -339,6 +385,7 @@ def main() -> None:
     parser.add_argument("what", choices=("cost", "hadamard", "attacks", "table"))
     parser.add_argument("--names", type=lambda text: text.split("/"), help="as krum/bulyan")
     parser.add_argument("--fedjax_source")
+    parser.add_argument("--write", action="store_true", help="the tables into the docs")
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--per_turn", type=int, default=3, help="rounds")

@@ -297,11 +297,16 @@ def print_table(args: argparse.Namespace) -> None:
     if not args.write:
         print(text)
         return
-    before, _, rest = DOCUMENT.read_text().partition(BEGIN)
+    write_between(DOCUMENT, BEGIN, text)
+
+
+def write_between(document: Path, begin: str, text: str) -> None:
+    """Puts a text between a document's marks."""
+    before, _, rest = document.read_text().partition(begin)
     _, mark, after = rest.partition(END)
     if not mark:
-        raise SystemExit(f"{DOCUMENT} has no {BEGIN} followed by {END}")
-    DOCUMENT.write_text(f"{before}{BEGIN}\n\n{text}\n\n{mark}{after}")
+        raise SystemExit(f"{document} has no {begin} followed by {END}")
+    document.write_text(f"{before}{begin}\n\n{text}\n\n{mark}{after}")
 
 
 def explained(content: dict[str, Any], costs: dict[str, Any], model: str) -> str:

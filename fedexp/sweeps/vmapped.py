@@ -45,6 +45,7 @@ def run(
       UserError: a mistake in the bindings, or runs that differ in something else.
     """
     numbers = _differing(gin_files, gin_params, runs)
+    runtime.start()  # With the last one's bindings, before anything asks JAX for its devices.
     with contextlib.ExitStack() as stack:
         for one in runs:
             _load(gin_files, [*gin_params, *one["gin_params"]])
@@ -58,7 +59,6 @@ def run(
                 raise UserError(
                     f"{name} differs, and more than train.algorithm depends on it; {_REMEDY}"
                 )
-        runtime.start()
         setup = main.experiment()
         config.check_overrides_used(overrides)
         trials = [

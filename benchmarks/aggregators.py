@@ -33,6 +33,7 @@ from absl import logging
 import fedexp.trainer  # noqa: F401  Registers what the files name.
 from benchmarks import algorithms
 from benchmarks.machine import machine, processor
+from benchmarks.rounds import Rounds
 from fedexp import config
 from fedexp.aggregators.rotations import hadamard, walsh_hadamard
 from fedexp.contracts import Update
@@ -162,42 +163,27 @@ def measure_cost(args: argparse.Namespace) -> None:
     """Times rounds with each aggregator, the plain mean's before and after: ratios' median over turns."""
     content = _content()
     costs = content.setdefault("cost", {})
-    reference = _Rounds(load(REFERENCE))
+    reference = Rounds(load(REFERENCE).rounds())
     for name in args.names or COST:
-        measured, ratios = _Rounds(load(name)), []
+        measured, ratios = Rounds(load(name).rounds()), []
         for _ in range(args.turns):
             before, own, after = (
-                one.seconds(args.per_turn) for one in (reference, measured, reference)
+                one.seconds(args.per_turn)[0] for one in (reference, measured, reference)
             )
             ratios.append(own / ((before + after) / 2))
         costs[name] = {
             "ratio": statistics.median(ratios),
             "ratios": ratios,
-            "temporaries_mib": measured.temporaries() / 2**20,
+            "temporaries_mib": temporaries(measured.last) / 2**20,
         }
         print(name, f"{costs[name]['ratio']:.2f}, {costs[name]['temporaries_mib']:.0f} MiB")
         _save(content, "cost")
 
 
-class _Rounds:
-    """An experiment's rounds, timed some at a time; those that compile are not."""
-
-    def __init__(self, setup: Any):
-        self._rounds = setup.rounds()
-        self.seconds(4)
-
-    def seconds(self, count: int) -> float:
-        begin = time.perf_counter()
-        for _ in range(count):
-            self._last = next(self._rounds)
-        self._last.metrics  # noqa: B018  Waits for it.
-        return time.perf_counter() - begin
-
-    def temporaries(self) -> int:
-        """Bytes that XLA plans for what a round holds besides its arguments and results."""
-        runner = self._last.session.engine.runner
-        program = runner.compiled(self._last.state, self._last.prepared)
-        return program.memory_analysis().temp_size_in_bytes
+def temporaries(round_: Any) -> int:
+    """Bytes that XLA plans for what a round holds besides its arguments and results."""
+    program = round_.session.engine.runner.compiled(round_.state, round_.prepared)
+    return program.memory_analysis().temp_size_in_bytes
 
 
 def measure_hadamard(args: argparse.Namespace) -> None:

@@ -29,6 +29,7 @@ from absl import logging
 
 import fedexp.trainer  # noqa: F401  Registers what the files name.
 from benchmarks.machine import machine, processor
+from benchmarks.rounds import Rounds
 from fedexp import config
 from fedexp.data import FederatedDataset, FederatedSplits
 from fedexp.data.emnist import emnist
@@ -244,11 +245,10 @@ def measure_cost(args: argparse.Namespace) -> None:
     """Times rounds of each algorithm, FedAvg's just before and after: the ratios' median over turns."""
     content = _content(COSTS)
     costs = content.setdefault(args.model, {})
-    reference = _Rounds(load(REFERENCE, "writers", args.model, 10**6, 0))
+    reference = Rounds(load(REFERENCE, "writers", args.model, 10**6, 0).rounds(), 6)
     for name in args.names:
-        measured = _Rounds(
-            load(name, "writers", args.model, 10**6, 0), rounds_per_cohort(name, "writers")
-        )
+        setup = load(name, "writers", args.model, 10**6, 0)
+        measured = Rounds(setup.rounds(), 6, rounds_per_cohort(name, "writers"))
         ratios, cpu_ratios = [], []
         for _ in range(args.turns):
             (before, cpu_before), (own, cpu_own), (after, cpu_after) = (
@@ -264,22 +264,6 @@ def measure_cost(args: argparse.Namespace) -> None:
         }
         print(name, f"{costs[name]['ratio']:.2f}", f"{costs[name]['cpu_ratio']:.2f}", flush=True)
         _save(content, COSTS)
-
-
-class _Rounds:
-    """An experiment's rounds, timed some at a time; those that compile are not."""
-
-    def __init__(self, setup: Any, per_cohort: int = 1):
-        self._rounds, self._per_cohort = setup.rounds(), per_cohort
-        self.seconds(6)
-
-    def seconds(self, count: int) -> tuple[float, float]:
-        """By the clock, and of all CPUs."""
-        begin, cpu_begin = time.perf_counter(), time.process_time()
-        for _ in range(count * self._per_cohort):
-            round_ = next(self._rounds)
-        round_.metrics  # noqa: B018  Waits for it.
-        return time.perf_counter() - begin, time.process_time() - cpu_begin
 
 
 def print_table(args: argparse.Namespace) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import optax
 from absl import logging
 
 from benchmarks.machine import machine
+from benchmarks.rounds import Rounds
 from fedexp.algorithms import fedavg, optimizers
 from fedexp.algorithms.trials import trials
 from fedexp.data import ClientBatching, uniform
@@ -34,11 +34,9 @@ RESULTS = Path(__file__).parent / "results" / "together.json"
 MODELS = {"logistic": EmnistLogistic, "dense": EmnistDense, "cnn": EmnistCNN}
 
 
-class _Rounds:
-    """An experiment's rounds, timed some at a time; those that compile are not."""
-
-    def __init__(self, splits: Any, task: Any, algorithm: Any):
-        self._rounds = Experiment(
+def _rounds(splits: Any, task: Any, algorithm: Any) -> Rounds:
+    return Rounds(
+        Experiment(
             splits,
             task,
             algorithm,
@@ -49,17 +47,7 @@ class _Rounds:
             observers=[],
             privacy=None,
         ).rounds()
-        begin = time.perf_counter()
-        self.seconds(1)
-        self.first = time.perf_counter() - begin
-        self.seconds(4)
-
-    def seconds(self, count: int) -> float:
-        begin = time.perf_counter()
-        for _ in range(count):
-            round_ = next(self._rounds)
-        round_.metrics  # noqa: B018  Waits for it.
-        return time.perf_counter() - begin
+    )
 
 
 def measure(model: str, count: int, turns: int, least: float) -> dict[str, Any]:
@@ -73,14 +61,14 @@ def measure(model: str, count: int, turns: int, least: float) -> dict[str, Any]:
         "client": np.geomspace(0.01, 0.1, count, dtype=np.float32),
         "server": np.geomspace(0.001, 0.01, count, dtype=np.float32),
     }
-    alone = _Rounds(splits, task, make({"client": 0.03, "server": 0.003}))
-    together = _Rounds(splits, task, trials(make, values))
-    per_turn = max(1, round(least / (alone.seconds(3) / 3)))
+    alone = _rounds(splits, task, make({"client": 0.03, "server": 0.003}))
+    together = _rounds(splits, task, trials(make, values))
+    per_turn = max(1, round(least / (alone.seconds(3)[0] / 3)))
     times = [
         (
-            alone.seconds(per_turn) / per_turn,
-            together.seconds(1),
-            alone.seconds(per_turn) / per_turn,
+            alone.seconds(per_turn)[0] / per_turn,
+            together.seconds(1)[0],
+            alone.seconds(per_turn)[0] / per_turn,
         )
         for _ in range(turns)
     ]
@@ -90,7 +78,6 @@ def measure(model: str, count: int, turns: int, least: float) -> dict[str, Any]:
         "ratios": ratios,
         "alone_ms": 1e3 * statistics.median(before for before, _, _ in times),
         "together_ms": 1e3 * statistics.median(own for _, own, _ in times),
-        "first_round_seconds": {"alone": alone.first, "together": together.first},
     }
 
 

@@ -51,15 +51,44 @@ def from_arrays(features: Mapping[str, np.ndarray], partition: Partitioner) -> F
     )
 
 
+def by_client(features: Mapping[str, np.ndarray], clients: np.ndarray) -> FederatedDataset:
+    """Gives every row to the client that `clients` names, in ascending order of their ids.
+
+    Args:
+      features: name -> (num_examples, ...), in storage dtype.
+      clients: (num_examples,) str, or what becomes str, as integers do.
+
+    Raises:
+      UserError: no rows, or features and clients of different lengths.
+    """
+    ids, client_of, sizes = np.unique(
+        np.asarray(clients).astype(np.str_), return_inverse=True, return_counts=True
+    )
+    for name, array in features.items():
+        if len(array) != len(client_of):
+            raise UserError(
+                f"feature {name!r} has {len(array)} rows for {len(client_of)} clients' names"
+            )
+    order = np.argsort(client_of, kind="stable")
+    return FederatedDataset(
+        {name: np.asarray(array)[order] for name, array in features.items()},
+        np.cumsum([0, *sizes]),
+        ids,
+    )
+
+
 @gin.configurable
 def arrays(
     path: str,
-    partition: Partitioner,
+    partition: Partitioner | None = None,
     test_path: str | None = None,
     test_partition: Partitioner | None = None,
     test_fraction: float = 0.1,
+    client: str | None = None,
 ) -> FederatedSplits:
     """A federated data set from .npz files: every array in a file is a feature.
+
+    Give a partition, or the name of the array that says whose each example is.
 
     Args:
       path: .npz file, its arrays having one row an example each.
@@ -69,14 +98,32 @@ def arrays(
         training partition only.
       test_partition: partitioner of `test_path`; None is `partition`.
       test_fraction: the part, where there is no `test_path`.
+      client: the array with clients' names, (num_examples,) of text or integers, which is no feature.
 
     Raises:
       UserError: no such file, not an .npz file of numbers, or what `from_arrays` refuses.
     """
-    train = from_arrays(_load(path), partition)
+    if (client is None) == (partition is None):
+        raise UserError(
+            "arrays needs one of `client`, the array that says whose an example is, and `partition`, which "
+            "gives examples to clients, as @dirichlet()"
+        )
+    train = _federated(path, client, partition)
     if test_path is None:
         return FederatedSplits(*train.split_examples(1 - test_fraction))
-    return FederatedSplits(train, from_arrays(_load(test_path), test_partition or partition))
+    return FederatedSplits(train, _federated(test_path, client, test_partition or partition))
+
+
+def _federated(path: str, client: str | None, partition: Partitioner | None) -> FederatedDataset:
+    features = _load(path)
+    if partition is not None:
+        return from_arrays(features, partition)
+    if client not in features or features[client].ndim != 1:
+        raise UserError(
+            f"arrays.client: {path} has no array {client!r} of one name an example; there are "
+            f"{sorted(features)}"
+        )
+    return by_client(features, features.pop(client))
 
 
 def _load(path: str) -> dict[str, np.ndarray]:

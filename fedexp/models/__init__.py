@@ -11,4 +11,6 @@ from fedexp.models.layers import Dropout as Dropout
 from fedexp.models.layers import max_pool_2x2 as max_pool_2x2
 from fedexp.models.resnet import ResNet18BatchNorm as ResNet18BatchNorm
 from fedexp.models.resnet import ResNet18GroupNorm as ResNet18GroupNorm
+from fedexp.models.tabular import BinaryLogistic as BinaryLogistic
+from fedexp.models.tabular import DenseClassifier as DenseClassifier
 from fedexp.models.tags import TagLogistic as TagLogistic

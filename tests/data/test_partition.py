@@ -186,6 +186,26 @@ def test_arrays_splits_every_client_or_reads_a_second_file(tmp_path):
     assert splits.test.client_sizes.tolist() == [10] * 5
 
 
+def test_arrays_that_say_whose_they_are(tmp_path):
+    train = _examples(np.arange(5)) | {"user": np.array(["b", "a", "b", "c", "a"])}
+    test = _examples(np.arange(3)) | {"user": np.array([2, 10, 2])}
+    np.savez(tmp_path / "train.npz", **train)
+    np.savez(tmp_path / "test.npz", **test)
+    paths = [str(tmp_path / name) for name in ("train.npz", "test.npz")]
+    splits = partition.arrays(paths[0], client="user", test_path=paths[1])
+    assert splits.train.client_ids.tolist() == ["a", "b", "c"]
+    assert splits.train.features["x"].tolist() == [1, 4, 0, 2, 3]
+    assert splits.train.features.keys() == {"x", "y", "coarse"}
+    assert splits.test.client_ids.tolist() == ["10", "2"]
+    assert splits.test.features["x"].tolist() == [1, 0, 2]
+    with pytest.raises(UserError, match=r"train.npz has no array 'who' .*; there are \['coarse', "):
+        partition.arrays(paths[0], client="who")
+    with pytest.raises(UserError, match="arrays needs one of `client`, .* and `partition`"):
+        partition.arrays(paths[0])
+    with pytest.raises(UserError, match="feature 'x' has 5 rows for 2 clients' names"):
+        partition.by_client({"x": np.arange(5)}, np.array(["a", "b"]))
+
+
 def test_arrays_from_a_wrong_file(tmp_path):
     with pytest.raises(UserError, match=r"no file .*gone\.npz"):
         partition.arrays(str(tmp_path / "gone.npz"), partition.iid(2))

@@ -161,6 +161,10 @@ class Round:
 class Session:
     """Everything that rounds need, built and checked.
 
+    Args:
+      setup: what is trained.
+      like: of the same data and strategy, to share what is on the devices.
+
     Attributes:
       setup: what is trained.
       splits: name -> data set.
@@ -172,7 +176,7 @@ class Session:
       account: of what the rounds tell of clients, from the first one on; None if nothing hides them.
     """
 
-    def __init__(self, setup: Setup):
+    def __init__(self, setup: Setup, like: Session | None = None):
         self.setup = setup
         splits, task, seed = setup.dataset, setup.task, setup.seed
         self.splits = splits.present()
@@ -200,6 +204,7 @@ class Session:
             cohort_size=sampler.cohort_size,
             seed=seed,
             population=taking_part,
+            data=like.engine.data if like else None,
         )
         self.evaluations = [
             evaluation.bind(plan, task, self.algorithm, splits, sampler, self.engine, number)

@@ -18,9 +18,12 @@ from fedexp import runtime
 from fedexp.algorithms.trials import trials
 from fedexp.checkpointing import CheckpointPlan, Saved, Saver, import_ahead
 from fedexp.contracts import Algorithm
+from fedexp.engine import auto
+from fedexp.engine.placement import for_trials
 from fedexp.errors import UserError
 from fedexp.pulse import Pulse
 from fedexp.reporting import Observer, Reports
+from fedexp.seeds import OfSeed, Seeds
 from fedexp.session import Round, Session, Setup
 from fedexp.trainer import Experiment, using
 
@@ -36,11 +39,15 @@ class Trial(NamedTuple):
       numbers: name -> what it has of its own.
       workdir: for its summaries and `final.json`; nothing is kept if None.
       observers: who is told how it goes.
+      seed: of the run; that of all if None.
+      is_stopped: asked after every round whether it should end, as a pruner may have it.
     """
 
     numbers: Mapping[str, float]
     workdir: str | None = None
     observers: Sequence[Observer] = ()
+    seed: int | None = None
+    is_stopped: Callable[[], bool] = lambda: False
 
 
 class Outcome(NamedTuple):
@@ -62,26 +69,29 @@ def run_together(
     make: Make,
     planned: Sequence[Trial],
     workdir: str | os.PathLike | None = None,
+    bind: Callable[[Trial], None] = lambda trial: None,
 ) -> tuple[list[Outcome], int | None]:
-    """Trains trials to the end, vmapped: on the same cohorts, batches and random choices.
+    """Trains trials to the end, vmapped; those of one seed on the same cohorts, batches and random choices.
 
     Each has the numbers that it has alone, to float re-association, and in its workdir what a run leaves but
     for checkpoints. Those are in `workdir`, for all trials; the same call goes on from there. A trial that
-    diverges is given up, and the others go on.
+    diverges is given up, and the others go on. Several devices have a share of the trials each.
 
     Args:
       setup: what they have in common. Its algorithm is not looked at, nor its observers, best checkpoint and
         profile.
-      make: makes a trial's algorithm; called again with what a trial has before its summaries begin.
-      planned: the trials.
+      make: makes a trial's algorithm.
+      planned: the trials. If there are several seeds, each with all numbers, one seed after another.
       workdir: for checkpoints; none are kept if None.
+      bind: called with each before its summaries begin, for what they say of its bindings.
 
     Returns:
       What became of each, and the signal that stopped all of them early, or None.
 
     Raises:
       UserError: something that each would raise alone, or what cannot be done together: clients' own
-        parameters in evaluations, early stopping, privacy.
+        parameters in evaluations, early stopping, privacy; with several seeds, states of clients or data
+        that do not stay on the devices.
     """
     check_together(setup)
     if jax.process_count() > 1:
@@ -90,32 +100,36 @@ def run_together(
         )
     if workdir is not None:
         import_ahead()
-    session = _session(setup, make, planned)
+    sessions = sessions_of(setup, make, planned)
+    seeds, first = Seeds(sessions), sessions[0]
     with contextlib.ExitStack() as stack:
         if workdir is not None:
             stack.enter_context(using(workdir))
-        fingerprints = {name: part.fingerprint() for name, part in session.splits.items()}
+        fingerprints = {name: part.fingerprint() for name, part in first.splits.items()}
         # By place, for Gin would give it the best metric that is bound.
         plan = CheckpointPlan(setup.checkpoints.every, setup.checkpoints.keep, None, "max")
-        saver = Saver(workdir, plan, session.engine.client_states, fingerprints)
+        saver = Saver(workdir, plan, first.engine.client_states, fingerprints)
         stack.callback(saver.close)
-        start = saver.restore(session.first.state) or Saved(0, session.first.state, [], None)
-        round_ = Round(session, start.done, start.state)
+        state = seeds.first_state()
+        start = saver.restore(state) or Saved(0, state, [], None)
         running = []
         for number, trial in enumerate(planned):
-            alone = copy.copy(session)
-            alone.setup, alone.algorithm = setup, make(trial.numbers)
-            one = _Running(alone, trial, number, start, lambda: saver.latest)
+            bind(trial)
+            place = divmod(number, len(planned) // len(sessions))
+            alone = copy.copy(sessions[place[0]])
+            alone.setup, alone.algorithm = _of_seed(setup, trial.seed), make(trial.numbers)
+            one = _Running(alone, trial, place, start, lambda: saver.latest)
             stack.push(one.__exit__)
             running.append(one)
         signal = stack.enter_context(runtime.stop_signals(running[0].reports.say))
-        rounds = session.rounds(round_, lambda: signal() or 0)
-        stack.enter_context(contextlib.closing(rounds))
-        stopped_by = None
-        for round_ in rounds:
+        round_, stopped_by = seeds.start(start.done, start.state), None
+        rounds = seeds.rounds(start.done, start.state)
+        for round_ in stack.enter_context(contextlib.closing(rounds)):
             _each(running, lambda one: one.reports.catch_up())  # With the round before.
+            _each(running, lambda one: one.stop_if_asked())
             _each(running, lambda one, round_=round_: one.expect(round_))
-            done, last = round_.number, round_.number == setup.num_rounds
+            done = round_[0].of_all.number
+            last = done == setup.num_rounds
             which = [i for i, e in enumerate(setup.evaluations) if last or e.is_due(done)]
             stopped_by = signal() or None
             save = last or stopped_by or bool(plan.every and done % plan.every == 0)
@@ -127,7 +141,7 @@ def run_together(
             if save:
                 _each(running, lambda one: one.reports.before_checkpoint(one.round))
                 saver.save(_saved(round_, running))
-            if stopped_by or all(one.error for one in running):
+            if stopped_by or all(one.is_over for one in running):
                 break
         saver.wait()
         _each(running, lambda one: one.end(round_, stopped_by))
@@ -148,9 +162,9 @@ def check_together(setup: Experiment) -> None:
 
 
 def _each(running: Sequence[_Running], do: Callable[[_Running], Any]) -> None:
-    """Does something with all trials but those that have been given up; a user's error gives one up."""
+    """Does something with all trials that are not over; a user's error gives one up."""
     for one in running:
-        if one.error is None:
+        if not one.is_over:
             try:
                 do(one)
             except UserError as error:
@@ -163,12 +177,14 @@ class _Running:
     Args:
       session: what a run of its own would have, but for the engine, which is that of all.
       trial: what it is.
-      number: its place among the others.
+      place: of its seed, and of its numbers among those of a seed.
       start: what all go on from.
       latest: the round of the latest checkpoint.
 
     Attributes:
       session: the same.
+      place: the same.
+      is_over: whether it has ended before the others.
       error: why it was given up.
       history: one row per round with evaluations.
       reports: of its rounds.
@@ -179,17 +195,18 @@ class _Running:
         self,
         session: Session,
         trial: Trial,
-        number: int,
+        place: tuple[int, int],
         start: Saved,
         latest: Callable[[], int | None],
     ):
-        self.session, self.number = session, number
-        self.error: str | None = None
+        self.session, self.place = session, place
+        self.is_over, self.error = False, None
+        self._is_stopped = trial.is_stopped
         rows: list[Any] = start.history  # Of all trials, as `_saved` has them.
         self.history: list[dict[str, float]] = [
-            row["row"] for row in rows if row["trial"] == number
+            row["row"] for row in rows if row["trial"] == [*place]
         ]
-        totals: Any = (start.totals or {}).get(str(number), {})
+        totals: Any = (start.totals or {}).get(_key(place), {})
         self._pulse = Pulse(trial.workdir, session.setup.num_rounds)
         self.reports = Reports(
             session, trial.observers, trial.workdir, start.done, latest, totals, self._pulse
@@ -204,7 +221,14 @@ class _Running:
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
 
-    def expect(self, round_: Round) -> None:
+    def stop_if_asked(self) -> None:
+        """Ends it as a pruner has it, while the others go on."""
+        if self._is_stopped():
+            self.is_over = True
+            self._pulse.ends("stopped", "by its sweep")
+            self.__exit__(None, None, None)
+
+    def expect(self, round_: Sequence[OfSeed]) -> None:
         """Notes a round that is on its way."""
         self.round = _RoundOfOne(self, round_)
         self.reports.expect(self.round)
@@ -215,7 +239,7 @@ class _Running:
         results = self.session.evaluate(self.round, which, full=last)
         self.history.append(self.reports.evaluated(self.round, results))
 
-    def end(self, round_: Round, stopped_by: int | None) -> None:
+    def end(self, round_: Sequence[OfSeed], stopped_by: int | None) -> None:
         """Says how it ended, and writes `final.json` if that was not early.
 
         Raises:
@@ -225,16 +249,16 @@ class _Running:
             self._pulse.ends("stopped", f"by {signals.Signals(stopped_by).name}")
             return
         evaluated = self.history[-1]["round"] if self.history else None
-        if self.session.evaluations and evaluated != round_.number:
+        if self.session.evaluations and evaluated != round_[0].of_all.number:
             raise UserError("it diverged before")
         self.reports.finish(_RoundOfOne(self, round_), self.history)
 
     def give_up(self, error: UserError) -> None:
         """Ends it, while the others go on."""
-        self.error = str(error)
+        self.is_over, self.error = True, str(error)
         self.__exit__(type(error), error, error.__traceback__)
 
-    def outcome(self, round_: Round) -> Outcome:
+    def outcome(self, round_: Sequence[OfSeed]) -> Outcome:
         """How it ended."""
         return Outcome(self.history, _RoundOfOne(self, round_).params, self.error)
 
@@ -242,54 +266,89 @@ class _Running:
 class _RoundOfOne(Round):
     """A round as one of the trials sees it."""
 
-    def __init__(self, trial: _Running, of_all: Round):
+    def __init__(self, trial: _Running, round_: Sequence[OfSeed]):
+        seed, self._trial = trial.place
+        self._of_seed = round_[seed]
+        of_all = self._of_seed.of_all
         self.session, self.number = trial.session, of_all.number
-        self.prepared, self.waited = of_all.prepared, of_all.waited
-        self._of_all, self._trial = of_all, trial.number
+        self.prepared, self.waited = self._of_seed.prepared, self._of_seed.waited
         self._output = (None, None, of_all._output[2])
 
     @property
     def state(self) -> PyTree:  # type: ignore[override]
-        return _of(self._trial, self._of_all.state.states)
+        of_seed = self._of_seed
+        return _of((*of_seed.state, self._trial), of_seed.of_all.state.states)
 
     @functools.cached_property
     def _fetched(self) -> tuple[Any, Any]:
-        ending = f"/{self._trial}"
+        ending, place = f"/{self._trial}", self._of_seed.measured
         return tuple(
             {
-                name.removesuffix(ending): value
+                name.removesuffix(ending): jax.tree.map(lambda leaf: leaf[place], value)
                 for name, value in values.items()
                 if name.endswith(ending)
             }
-            for values in self._of_all._fetched
+            for values in self._of_seed.of_all._fetched
         )  # type: ignore[return-value]
 
 
 @jax.jit
-def _of(number: int, states: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf[number], states)
+def _of(place: tuple[int, ...], states: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[place], states)
 
 
-def _session(setup: Experiment, make: Make, planned: Sequence[Trial]) -> Session:
-    """Of all trials, as one algorithm."""
+def sessions_of(setup: Experiment, make: Make, planned: Sequence[Trial]) -> list[Session]:
+    """What `run_together` runs: a session for every seed, each of all trials as one algorithm."""
+    seeds = list(dict.fromkeys(trial.seed for trial in planned))
+    numbers = [trial.numbers for trial in planned[: len(planned) // len(seeds)]]
+    if [(one.seed, one.numbers) for one in planned] != [(s, n) for s in seeds for n in numbers]:
+        raise ValueError("trials of several seeds are all numbers with all seeds, seed after seed")
+    strategy = setup.strategy or auto()
+    devices = [*strategy.placement.mesh.devices.flat][: len(numbers)]
+    vmap = jax.vmap
+    if strategy.compiled and len(devices) > 1:
+        strategy = dataclasses.replace(strategy, placement=for_trials(devices))
+        vmap = strategy.placement.over_trials
+        numbers += numbers[-1:] * (-len(numbers) % len(devices))
+    # Of those that differ in the seed alone, the only number is one that nobody asks for.
     values = {
-        name: np.array([one.numbers[name] for one in planned], np.float32)
-        for name in planned[0].numbers
+        name: np.array([one.get(name, 0) for one in numbers], np.float32)
+        for name in numbers[0] or ("none",)
     }
-    in_common = {field.name: getattr(setup, field.name) for field in dataclasses.fields(Setup)}
-    session = Session(Setup(**{**in_common, "algorithm": trials(make, values)}))
-    session.open_account(0)
-    if session.account is not None:
-        raise UserError(
-            "trials in one program cannot account for privacy; run them one by one, or bind "
-            "train.privacy = None"
+    sessions: list[Session] = []
+    for seed in seeds:
+        own = _of_seed(setup, seed)
+        fields = {field.name: getattr(own, field.name) for field in dataclasses.fields(Setup)}
+        algorithm = trials(
+            lambda of_one: make({n: of_one[n] for n in planned[0].numbers}), values, vmap
         )
-    for one in session.evaluations:
-        one.check(_of(0, session.first.state.states))
-    return session
+        fields |= {"algorithm": algorithm, "strategy": strategy}
+        sessions.append(Session(Setup(**fields), *sessions[:1]))
+        sessions[-1].open_account(0)
+        if sessions[-1].account is not None:
+            raise UserError(
+                "trials in one program cannot account for privacy; run them one by one, or bind "
+                "train.privacy = None"
+            )
+        for one in sessions[-1].evaluations:
+            one.check(_of((0,), sessions[-1].first.state.states))
+    return sessions
 
 
-def _saved(round_: Round, running: Sequence[_Running]) -> Saved:
-    history = [{"trial": one.number, "row": row} for one in running for row in one.history]
-    totals = {str(one.number): one.reports.totals for one in running}
-    return Saved(round_.number, round_.state, history, None, totals=totals)  # type: ignore[arg-type]
+def _of_seed(setup: Experiment, seed: int | None) -> Experiment:
+    """The setup with a seed of its own; not by `replace`, for which Gin would build the rest anew."""
+    own = copy.copy(setup)
+    if seed is not None:
+        object.__setattr__(own, "seed", seed)
+    return own
+
+
+def _key(place: tuple[int, int]) -> str:
+    return "/".join(map(str, place))
+
+
+def _saved(round_: Sequence[OfSeed], running: Sequence[_Running]) -> Saved:
+    history = [{"trial": [*one.place], "row": row} for one in running for row in one.history]
+    totals = {_key(one.place): one.reports.totals for one in running}
+    of_all = round_[0].of_all
+    return Saved(of_all.number, of_all.state, history, None, totals=totals)  # type: ignore[arg-type]

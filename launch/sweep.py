@@ -36,9 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1, help="programs at once (default: 1)")
     parser.add_argument(
         "--vmap_trials",
-        type=int,
+        type=lambda given: given if given == "auto" else int(given),
         default=1,
-        help="trials in one program, of those that differ in numbers of the algorithm only (default: 1)",
+        help="trials in one program, of those that differ in numbers of the algorithm and seeds only "
+        "(default: 1); 'auto' tries how many pay",
     )
     parser.add_argument(
         "--jobs", type=int, help="jobs of a cluster that share the sweep, by submitit"
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.workers < 1:
         parser.error(f"--workers must be at least 1, got {options.workers}")
-    if options.vmap_trials < 1:
+    if options.vmap_trials != "auto" and options.vmap_trials < 1:
         parser.error(f"--vmap_trials must be at least 1, got {options.vmap_trials}")
     if options.jobs is not None and (options.jobs < 1 or options.dry_run):
         parser.error("--jobs must be at least 1, and goes without --dry_run")
@@ -83,7 +84,8 @@ def _submit(given: Sequence[Any], options: argparse.Namespace) -> int:
     """Submits jobs, once a mistake would have been found; waits for those of this machine."""
     from fedexp.sweeps import cluster, command
 
-    command.prepare(*given, together=options.vmap_trials > 1)
+    # Each job tries for itself how many trials pay.
+    command.prepare(*given, vmap_trials=2 if options.vmap_trials == "auto" else options.vmap_trials)
     part = cluster.Part(*given, options.workers, options.vmap_trials, os.getcwd())
     jobs = cluster.submit(part, options.jobs, options.cluster, options.cluster_param)
     for job in jobs:

@@ -10,13 +10,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fedexp"
 # A room may import from those after its own floor: nothing upwards, and nothing sideways.
 FLOORS = [
-    {"__main__", "sweeps"},
+    {"__main__", "inspect", "sweeps"},
     {"compare", "main", "status"},
     {"report"},
     {"runs"},
     {"plots", "together"},
     {"trainer"},
-    {"auditing", "reporting", "several", "stopping"},
+    {"auditing", "inspection", "reporting", "seeds", "several", "stopping"},
     {"session"},
     {"evaluation"},
     {"evaluators"},

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -13,8 +15,8 @@ import pytest
 
 from fedexp.algorithms import fedavg, optimizers, scaffold
 from fedexp.checkpointing import CheckpointPlan
-from fedexp.data import ClientBatching, FederatedSplits, uniform
-from fedexp.engine import jit
+from fedexp.data import ClientBatching, FederatedSplits, poisson, uniform
+from fedexp.engine import Packing, jit
 from fedexp.errors import UserError
 from fedexp.evaluation import Evaluate
 from fedexp.reporting import JsonLines, Observer, TensorBoard
@@ -126,6 +128,91 @@ def test_one_that_diverges_is_given_up(tmp_path):
         assert one == pytest.approx(other, rel=1e-5)
     again, _ = run_together(setup(), adam, planned(tmp_path, numbers), tmp_path / "all")
     assert again[1].error is not None and again[0].history == outcomes[0].history
+
+
+def compare_with_alone(outcome, seed, numbers, **changes):
+    alone = setup(algorithm=adam(numbers), seed=seed, **changes).run(None)
+    assert len(outcome.history) == len(alone.history)
+    for one, other in zip(outcome.history, alone.history, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # noqa: E731
+    jax.tree.map(close, outcome.params, alone.params)
+
+
+# Poisson's cohorts need other shapes for one seed than for another.
+@pytest.mark.parametrize("sampler", [uniform(3), poisson(2.0)], ids=["uniform", "poisson"])
+def test_seeds_have_cohorts_and_evaluations_of_their_own(tmp_path, sampler):
+    changes = {"sampler": sampler, "evaluations": [Evaluate(every=2, clients=2)]}
+    each = [(seed, numbers) for seed in (3, 8) for numbers in NUMBERS[:2]]
+    trials = [Trial(numbers, seed=seed) for seed, numbers in each]
+    outcomes, _ = run_together(setup(**changes), adam, trials)
+    for outcome, (seed, numbers) in zip(outcomes, each, strict=True):
+        compare_with_alone(outcome, seed, numbers, **changes)
+    assert outcomes[0].history != outcomes[2].history
+
+
+def test_trials_that_differ_in_the_seed_alone_go_on_where_they_were(tmp_path):
+    trials = [Trial({}, seed=seed) for seed in (3, 8)]
+    stopping = [trials[0]._replace(observers=[Breaking()]), trials[1]]
+    make = lambda _: adam(NUMBERS[0])  # noqa: E731
+    with pytest.raises(InterruptedError):
+        run_together(setup(), make, stopping, tmp_path)
+    outcomes, _ = run_together(setup(), make, trials, tmp_path)
+    assert {row["round"] for row in outcomes[1].history} == {2, 3, 4, 6}
+    for outcome, seed in zip(outcomes, (3, 8), strict=True):
+        compare_with_alone(outcome, seed, NUMBERS[0])
+
+
+def test_seeds_cannot_be_together_where_clients_have_states():
+    trials = [Trial(NUMBERS[0], seed=seed) for seed in (3, 8)]
+    with pytest.raises(UserError, match="states of clients"):
+        run_together(setup(), with_states, trials)
+    away = jit(Packing(max_resident_bytes=0))
+    with pytest.raises(UserError, match="stay on the devices"):
+        run_together(setup(strategy=away), adam, trials)
+
+
+class Counting(Observer):
+    """Asks for the end after some rounds."""
+
+    def __init__(self):
+        self.number = 0
+
+    def round(self, report):
+        self.number = report.number
+
+    def has_enough(self):
+        return self.number == 3
+
+
+def test_one_that_is_stopped_leaves_the_others_alone(tmp_path):
+    counting = Counting()
+    trials = planned(tmp_path, NUMBERS[:2])
+    trials[1] = trials[1]._replace(observers=[counting], is_stopped=counting.has_enough)
+    outcomes, _ = run_together(setup(), adam, trials, tmp_path / "all")
+    assert counting.number == 3 and outcomes[1].error is None
+    assert {row["round"] for row in outcomes[1].history} == {2, 3}
+    assert json.loads((tmp_path / "1" / "status.json").read_text())["state"] == "stopped"
+    assert not (tmp_path / "1" / "final.json").exists()
+    compare_with_alone(outcomes[0], 3, NUMBERS[0])
+    # Once all have ended, there is nothing to go on for.
+    enough = [one._replace(is_stopped=lambda: True) for one in planned(tmp_path / "none")]
+    outcomes, _ = run_together(setup(), adam, enough)
+    assert not any(outcome.history for outcome in outcomes)
+
+
+@pytest.mark.slow
+def test_devices_have_a_share_of_the_trials_each():
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.spread"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["devices"] == [0, 0, 1, 1, 2, 2]
+    # Five trials on three devices, two seeds: each as alone on one device.
+    assert len(found["alone"]) == len(found["together"]) == 10
+    for one, other in zip(found["together"], found["alone"], strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
 def test_what_cannot_be_done_together_is_refused():

@@ -34,7 +34,9 @@ class TrialStates(NamedTuple):
         return self.states.params
 
 
-def trials(make: Callable[[Any], Algorithm], values: PyTree) -> Algorithm:
+def trials(
+    make: Callable[[Any], Algorithm], values: PyTree, vmap: Callable[..., Any] = jax.vmap
+) -> Algorithm:
     """Trains K trials on the same cohorts, batches and random choices, vmapped in one dispatch a round.
 
     Each has the numbers that it has alone, to float re-association; its metrics are called
@@ -45,6 +47,8 @@ def trials(make: Callable[[Any], Algorithm], values: PyTree) -> Algorithm:
       make: values of one trial -> its algorithm. Hyperparameters are tracers in it, so that nothing static,
         as sizes, can depend on them.
       values: pytree of (K,) arrays.
+      vmap: (function, in_axes, out_axes) -> the function over trials; `Placement.over_trials` splits them
+        over devices.
     """
     count = len(jax.tree.leaves(values)[0])
     first = make(jax.tree.map(lambda leaf: leaf[0].item(), values))
@@ -61,7 +65,7 @@ def trials(make: Callable[[Any], Algorithm], values: PyTree) -> Algorithm:
             output = make(trial).round(state, own, calls)
             return tuple(output._replace(metrics={**calls.traffic.metrics(), **output.metrics}))
 
-        of_each = jax.vmap(one, in_axes=(0, 0, 1), out_axes=(0, 0, 0, 1))
+        of_each = vmap(one, (0, 0, 1), (0, 0, 0, 1))
         states, metrics, per_client, client_states = of_each(
             values, state.states, cohort.clients.state
         )

@@ -37,6 +37,7 @@ class Engine:
       cohort_size: clients that a round samples, on average.
       seed: of the run.
       population: clients that cohorts are drawn from; all if None.
+      data: of another engine with the same splits and strategy, to share what is on the devices.
 
     Attributes:
       data: the clients' examples.
@@ -57,6 +58,7 @@ class Engine:
         cohort_size: float,
         seed: int,
         population: int | None = None,
+        data: ClientData | None = None,
     ):
         if isinstance(splits, FederatedDataset):
             splits = {TRAIN: splits}
@@ -70,7 +72,7 @@ class Engine:
         self.seed = seed
         self.model_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
         self._algorithm = algorithm
-        self.data = ClientData(splits, self.placement, strategy.packing.resident_bytes())
+        self.data = data or ClientData(splits, self.placement, strategy.packing.resident_bytes())
         self.preparer = Preparer(
             strategy,
             self.data,

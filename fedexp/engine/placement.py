@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ PyTree = Any
 # (shared, part) -> (total, each), for one device and its part of the work.
 DeviceFunction = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
 
-_AXIS = "devices"
+_AXIS, _TRIALS = "devices", "trials"
 _SPLIT, _WHOLE = PartitionSpec(_AXIS), PartitionSpec()
 
 
@@ -30,7 +30,8 @@ class Placement:
     replicated has none.
 
     Attributes:
-      mesh: one-dimensional; consecutive devices belong to the same process.
+      mesh: of one axis; consecutive devices belong to the same process. With a second axis for trials, the
+        devices along that hold copies of everything, and only trials are split over them.
       transform: (mesh, function) -> what `run` calls with (shared, parts).
     """
 
@@ -50,14 +51,31 @@ class Placement:
         """
         return self.transform(self.mesh, function)(shared, parts)
 
+    def over_trials(
+        self, function: Callable[..., PyTree], in_axes: Sequence[int], out_axes: Sequence[int]
+    ) -> Callable[..., PyTree]:
+        """`jax.vmap` over trials, of which every device has its share where there is an axis for them."""
+        mapped = jax.vmap(function, tuple(in_axes), tuple(out_axes))
+        if _TRIALS not in self.mesh.axis_names:
+            return mapped
+        specs = [
+            tuple(PartitionSpec(*[None] * axis, _TRIALS) for axis in axes)
+            for axes in (in_axes, out_axes)
+        ]
+        return jax.shard_map(
+            mapped, mesh=self.mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False
+        )
+
     @property
     def num_devices(self) -> int:
-        return self.mesh.size
+        return self.mesh.shape[_AXIS]
 
     @functools.cached_property
     def processes(self) -> np.ndarray:
         """(D,) int, the process that each device belongs to."""
-        return np.array([device.process_index for device in self.mesh.devices])
+        return np.array([device.process_index for device in self.mesh.devices.T.flat])[
+            : self.num_devices
+        ]
 
     @functools.cached_property
     def local(self) -> np.ndarray:
@@ -135,6 +153,12 @@ def meshed(num_devices: int | None = None) -> Placement:
         for device in _first(num_devices, jax.local_devices(process))
     ]
     return Placement(_row(devices), _meshed)
+
+
+def for_trials(devices: Sequence[Any]) -> Placement:
+    """Trials split over these devices of one process; each does all of a cohort's work for its share."""
+    mesh = Mesh(np.array(devices)[None], (_AXIS, _TRIALS), axis_types=(AxisType.Auto,) * 2)
+    return Placement(mesh, _alone)
 
 
 def _first(num_devices: int | None, devices: list[Any]) -> list[Any]:

@@ -129,6 +129,11 @@ class Preparer:
             sizes = np.max(used, axis=0)
             self._rows[split] = _Rows(data.split(split), sizes, _most(sizes, self.slots, 1))
 
+    @property
+    def is_resident(self) -> bool:
+        """Whether all examples that rounds point into stay on the devices."""
+        return all(rows.split.resident is not None for rows in self._rows.values())
+
     def batch_sizes(self, pass_: str) -> tuple[int, ...]:
         """The sizes of batches that are compiled for a pass."""
         if pass_ not in self._passes:

@@ -111,7 +111,7 @@ class Runner:
         arguments = self._arguments(state, prepared, note)
         while len(self._under_way) >= _MOST_UNDER_WAY:
             self._under_way.popleft().block_until_ready()
-        output, noted = self._call(*arguments)
+        output, noted = self.call(self._program, *arguments)
         self._under_way.extend(_one_of(output))
         if self._client_states is not None and output.client_states is not None:
             new_states = self._placement.local_rows(output.client_states)
@@ -176,11 +176,12 @@ class Runner:
         here = (rows >= 0) & (rows < prepared.num_slots * len(self._placement.local))
         return prepared.clients[here], rows[here]
 
-    def _call(self, *args: PyTree) -> tuple[RoundOutput, jax.Array | None]:
+    def call(self, program: Callable[..., Any], *args: PyTree) -> Any:
+        """Calls a program, and counts what is compiled for it."""
         compilations = self._compilations
         before, start = compilations.count, time.perf_counter()
         with compilations.counted():
-            output = self._program(*args)
+            output = program(*args)
         if compilations.count > before and time.perf_counter() - start > _LONG_COMPILATION:
             release_memory()
         return output

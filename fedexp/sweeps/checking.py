@@ -12,7 +12,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from fedexp import children
 from fedexp.errors import UserError
@@ -29,12 +29,16 @@ class Told(NamedTuple):
       observers: its `train.observers` with JSON lines among them, if they have to be added.
       lines: the file's name that these have.
       apart: bindings of points by which trials cannot be in one program, if that was asked.
+      most: trials that one program should have.
+      said: about that, in a line; empty if there is nothing to say.
     """
 
     experiment: str
     observers: str | None
     lines: str
     apart: Sequence[str] = ()
+    most: int = 1
+    said: str = ""
 
 
 def ask(
@@ -44,7 +48,7 @@ def ask(
     metric: str,
     prunes: bool,
     build: bool,
-    together: bool = False,
+    most: int | Literal["auto"] = 1,
 ) -> Told:
     """Checks trials in another process.
 
@@ -55,7 +59,7 @@ def ask(
       metric: that its evaluations must give.
       prunes: whether they must give it before the end.
       build: False only reads.
-      together: whether trials are to be in one program.
+      most: trials of one program; 'auto' tries how many pay here.
 
     Raises:
       UserError: what `fedexp.main` would say of a trial, in one line, or what else makes one impossible.
@@ -67,7 +71,7 @@ def ask(
         "metric": metric,
         "prunes": prunes,
         "build": build,
-        "together": together,
+        "most": most,
     }
     done = subprocess.run(
         children.settled([sys.executable, "-m", "fedexp.sweeps.checking"], None),
@@ -108,13 +112,14 @@ def _check(
     metric: str,
     prunes: bool,
     build: bool,
-    together: bool,
+    most: int | Literal["auto"],
 ) -> Told:
     import gin
 
     # What registers names comes before what reads them.
     from fedexp import bindings, config, main, runtime, session, trainer  # noqa: F401
-    from fedexp.sweeps.vmapped import is_vmapped
+    from fedexp.seeds import check_seeds
+    from fedexp.sweeps import sizing, vmapped
     from fedexp.together import check_together
 
     config.load(gin_files, gin_params)
@@ -134,10 +139,22 @@ def _check(
         config.check_overrides_used(overrides)
         built.check_evaluations()
         _check_metric(built, metric, prunes)
-        if together:
-            check_together(experiment)
-    apart = [name for name in names if not is_vmapped(name)] if together else []
-    return Told(text, observers, lines, apart)
+    if most == 1:
+        return Told(text, observers, lines)
+    numbers = {name: value for name in names if (value := vmapped.number(name)) is not None}
+    apart, found = [name for name in names if name not in (*numbers, "train.seed")], {}
+    if build:
+        check_together(experiment)
+        try:
+            check_seeds(built)
+        except UserError:
+            apart.append("train.seed")
+        if most == "auto":
+            make = vmapped.maker(experiment.task)
+            found = sizing.seconds_by_count(experiment, make, numbers, len(points))
+    if found:
+        return Told(text, observers, lines, apart, sizing.best(found), sizing.in_words(found))
+    return Told(text, observers, lines, apart, 2 if most == "auto" else most)
 
 
 def _with_lines() -> str | None:

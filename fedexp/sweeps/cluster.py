@@ -8,7 +8,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from fedexp.errors import UserError
 from fedexp.sweeps import command
@@ -26,7 +26,7 @@ class Part(NamedTuple):
     sweep_file: str
     workdir: str
     workers: int
-    vmap_trials: int
+    vmap_trials: int | Literal["auto"]
     folder: str
 
     def __call__(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from fedexp import paths
 from fedexp.errors import UserError
@@ -27,7 +27,7 @@ class Prepared(NamedTuple):
       points: all of them; with a study some that it might choose.
       described: what tells it from others.
       lines: name of the JSON lines in which evaluations are heard of; None if nothing is stopped for them.
-      apart: bindings by which trials cannot be in one program.
+      batches: which trials are one program.
     """
 
     sweep: Sweep
@@ -35,7 +35,7 @@ class Prepared(NamedTuple):
     points: Sequence[space.Bindings]
     described: identity.Description
     lines: str | None
-    apart: Sequence[str]
+    batches: Batches
 
 
 def prepare(
@@ -44,9 +44,9 @@ def prepare(
     sweep_file: str,
     workdir: str,
     claim: bool = True,
-    together: bool = False,
+    vmap_trials: int | Literal["auto"] = 1,
 ) -> Prepared:
-    """Reads and checks a sweep, and makes its folder; see `run`.
+    """Reads and checks a sweep, and makes its folder.
 
     Args:
       gin_files: of the experiment.
@@ -54,7 +54,7 @@ def prepare(
       sweep_file: that binds `sweep`.
       workdir: of the sweep.
       claim: False only reads.
-      together: whether trials are to be in one program.
+      vmap_trials: trials of one program, at most; 'auto' tries how many pay on this machine.
 
     Raises:
       UserError: bad input.
@@ -73,11 +73,11 @@ def prepare(
     seeded = [dict(p, **_seed(sweep)) for p in points]
     prunes = sweep.study is not None and sweep.study.pruner is not None
     assert sweep.metric is not None
-    if prunes and together:
-        raise UserError("--vmap_trials: a pruner stops single trials; leave study.pruner out")
     told = checking.ask(
-        gin_files, gin_params, seeded, sweep.metric, prunes, build=claim, together=together
+        gin_files, gin_params, seeded, sweep.metric, prunes, build=claim, most=vmap_trials
     )
+    if told.said:
+        print(f"--vmap_trials=auto: {told.said}", file=sys.stderr)
     if told.observers is not None:
         gin_params = [*gin_params, f"train.observers = {told.observers}"]
     folders = Folders(Path(workdir), gin_files, gin_params, sweep.of_seeds)
@@ -85,7 +85,8 @@ def prepare(
     if claim:
         identity.claim(folders.workdir, described)
     lines = told.lines if prunes else None
-    return Prepared(sweep, folders, points, described, lines, told.apart)
+    batches = Batches(told.most, told.apart)
+    return Prepared(sweep, folders, points, described, lines, batches)
 
 
 def run(
@@ -95,18 +96,18 @@ def run(
     workdir: str,
     *,
     workers: int = 1,
-    vmap_trials: int = 1,
+    vmap_trials: int | Literal["auto"] = 1,
     dry_run: bool = False,
 ) -> int:
     """Does what a sweep has left to do, and prints its results.
 
     Args:
-      gin_files: of the experiment.
-      gin_params: of the experiment.
-      sweep_file: that binds `sweep`.
-      workdir: of the sweep.
+      gin_files: as in `prepare`.
+      gin_params: likewise.
+      sweep_file: likewise.
+      workdir: likewise.
+      vmap_trials: likewise.
       workers: programs at once.
-      vmap_trials: runs of a program, at most.
       dry_run: only list trials and their commands.
 
     Returns:
@@ -115,9 +116,8 @@ def run(
     Raises:
       UserError: bad input, before the first trial.
     """
-    together = vmap_trials > 1
-    prepared = prepare(gin_files, gin_params, sweep_file, workdir, not dry_run, together)
-    sweep, folders, points, described, lines, apart = prepared
+    prepared = prepare(gin_files, gin_params, sweep_file, workdir, not dry_run, vmap_trials)
+    sweep, folders, points, described, lines, batches = prepared
     where = places(workers)
     if dry_run:
         if sweep.study is not None:
@@ -132,9 +132,7 @@ def run(
         trials = [folders.trial(i, bindings) for i, bindings in enumerate(points)]
         source = Listed(trials, str(sweep.metric), claims)
     try:
-        results, stopped_by = Loop(
-            sweep, source, folders, where, lines, Batches(vmap_trials, apart)
-        ).run()
+        results, stopped_by = Loop(sweep, source, folders, where, lines, batches).run()
     except OSError as error:
         reason = error.strerror or error
         raise UserError(

@@ -25,7 +25,7 @@ from fedexp.sweeps.trials import (
     note_failure,
     outcome,
 )
-from fedexp.sweeps.workers import Batches, Place, Worker, start
+from fedexp.sweeps.workers import Batches, Place, Worker, cut_short, prune, start
 
 _LOOK = 1.0  # Seconds between looks at what runs tell.
 
@@ -118,6 +118,8 @@ class Loop:
             if not self._take():
                 return ()
         runs = [self._queue.popleft()]
+        if self._batches.most > 1 and (cut := self._cut_short(runs[0])):
+            return cut
         while len(runs) < self._batches.most:
             like = next((r for r in self._queue if self._kind(r) == self._kind(runs[0])), None)
             if like is not None:
@@ -125,7 +127,22 @@ class Loop:
                 runs.append(like)
             elif not self._take():
                 break
-        return runs
+        more = self._batches.other_seeds(runs, self._queue)
+        for run in more:
+            self._queue.remove(run)
+        return runs + more
+
+    def _cut_short(self, first: Run) -> Sequence[Run]:
+        """The runs of a program that was cut short, which can go on together; empty if they cannot."""
+        _, folders = cut_short(self._folders.workdir, first)
+        while missing := folders - {first.folder, *(run.folder for run in self._queue)}:
+            if not self._take():
+                break
+        if not folders or missing:  # Perhaps another process has some.
+            return ()
+        runs = [run for run in self._queue if run.folder in folders]
+        self._queue = collections.deque(r for r in self._queue if r not in runs)
+        return [first, *runs]
 
     def _take(self) -> bool:
         """Queues what the source's next trial has to do; False if there is none."""
@@ -175,8 +192,7 @@ class Loop:
                 self._pruned.add(number)
                 self._queue = collections.deque(r for r in self._queue if r.trial != number)
                 for worker in self._workers:
-                    if any(run.trial == number for run in worker.runs):
-                        children.signal_group(worker.child, signal.SIGTERM)
+                    prune(worker, number)
 
     def _reap(self) -> list[tuple[Run, str]]:
         """Takes out what has ended; returns the runs and how they did."""

@@ -18,6 +18,7 @@ from fedexp.errors import UserError
 from fedexp.sweeps.space import Bindings
 
 LOG = "log.txt"
+PRUNED = "pruned.txt"  # In a run's folder: it is to end, for its evaluations.
 _FAILED = "failed.txt"
 
 
@@ -126,6 +127,11 @@ def outcome(run: Run, metric: str) -> Outcome:
         return Outcome("failed", None, (run.folder / _FAILED).read_text().strip())
     except FileNotFoundError:
         return Outcome("open")
+
+
+def is_over(folder: Path) -> bool:
+    """Whether a run has nothing left to do: it has a result, or failed, or was pruned among others."""
+    return any((folder / name).exists() for name in ("final.json", _FAILED, PRUNED))
 
 
 def note_failure(run: Run, error: str) -> None:

@@ -7,8 +7,10 @@ checkpoints, and `runs`, each with a `workdir` and `gin_params` of its own.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,10 +25,12 @@ from fedexp.bindings.reach import Reach
 from fedexp.bindings.statements import in_force
 from fedexp.contracts import Algorithm
 from fedexp.errors import UserError
+from fedexp.sweeps.trials import PRUNED
 from fedexp.tasks import Task
 from fedexp.together import Make, Trial, run_together
 
 _TRAIN = "fedexp.trainer.train"
+_SEED = "train.seed"
 _REMEDY = "run them one by one, or in programs of their own"
 
 
@@ -44,28 +48,36 @@ def run(
     Raises:
       UserError: a mistake in the bindings, or runs that differ in something else.
     """
-    numbers = _differing(gin_files, gin_params, runs)
-    runtime.start()  # With the last one's bindings, before anything asks JAX for its devices.
+    found: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         for one in runs:
             _load(gin_files, [*gin_params, *one["gin_params"]])
+            if not found:
+                runtime.start()  # With bindings, and before anything asks JAX for its devices.
+            found.append({bindings.name_of(*key): s.value for key, s in in_force().items()})
             stack.enter_context(trainer.using(one["workdir"]))
             config.prepare_workdir(one["workdir"])
             stack.enter_context(pulse.told_in(one["workdir"]))
-        overrides = [*gin_params, *runs[0]["gin_params"]]
-        _load(gin_files, overrides)
+        numbers, seeds = _differing(found)
         for name in numbers[0]:
-            if not is_vmapped(name):
+            if number(name) is None:
                 raise UserError(
                     f"{name} differs, and more than train.algorithm depends on it; {_REMEDY}"
                 )
         setup = main.experiment()
-        config.check_overrides_used(overrides)
+        config.check_overrides_used([*gin_params, *runs[-1]["gin_params"]])
         trials = [
-            Trial(of_one, one["workdir"], _observers())
-            for of_one, one in zip(numbers, runs, strict=True)
+            Trial(
+                of_one,
+                one["workdir"],
+                _observers(),
+                seed,
+                functools.partial(os.path.exists, os.path.join(one["workdir"], PRUNED)),
+            )
+            for of_one, seed, one in zip(numbers, seeds, runs, strict=True)
         ]
-        outcomes, stopped_by = run_together(setup, _maker(setup.task), trials, workdir)
+        make = maker(setup.task)
+        outcomes, stopped_by = run_together(setup, make, trials, workdir, _bind)
     for one, outcome in zip(runs, outcomes, strict=True):
         if outcome.error is not None:
             print(f"error: {one['workdir']}: {outcome.error}", file=sys.stderr)
@@ -86,47 +98,57 @@ def _observers() -> list[Any]:
 
 
 def _differing(
-    gin_files: Sequence[str], gin_params: Sequence[str], runs: Sequence[Mapping[str, Any]]
-) -> list[dict[str, float]]:
-    """Of each run, the numbers by binding that are not the same in all.
+    found: Sequence[Mapping[str, Any]],
+) -> tuple[list[dict[str, float]], list[int | None]]:
+    """Of each run's bindings, the numbers by name that are not the same in all; and its seed, or None.
 
     Raises:
       UserError: runs that differ in something else.
     """
-    found = []
-    for one in runs:
-        _load(gin_files, [*gin_params, *one["gin_params"]])
-        found.append({bindings.name_of(*key): s.value for key, s in in_force().items()})
     texts = [{name: bindings.text_of(value) for name, value in one.items()} for one in found]
     names = sorted({name for one in texts for name in one})
     differing = [name for name in names if len({one.get(name) for one in texts}) > 1]
     for name in differing:
-        for one in found:
-            if not _is_number(one.get(name)):
-                raise UserError(f"{name} is no number in all of these trials; {_REMEDY}")
-    return [{name: one[name] for name in differing} for one in found]
+        if not all(_is_number(one.get(name)) for one in found):
+            raise UserError(f"{name} is no number in all of these trials; {_REMEDY}")
+    numbers = [{n: one[n] for n in differing if n != _SEED} for one in found]
+    return numbers, [one.get(_SEED) for one in found]
 
 
-def is_vmapped(name: str) -> bool:
-    """Whether a binding in force is a number that nothing but the algorithm depends on."""
+def number(name: str) -> float | None:
+    """What is bound, if it is a number that nothing but the algorithm depends on."""
     statements = in_force().values()
     own = next(s for s in statements if bindings.name_of(*s.key) == name)
     rest = Reach(s for s in statements if s.key != ("", _TRAIN, "algorithm"))
-    return _is_number(own.value) and not rest.reads(own)
+    return own.value if _is_number(own.value) and not rest.reads(own) else None
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _maker(task: Task) -> Make:
+def maker(task: Task) -> Make:
+    """What makes a trial's algorithm of its numbers, as Gin has it bound."""
+
     def make(numbers: Mapping[str, Any]) -> Algorithm:
-        with gin.unlock_config():
-            for name, value in numbers.items():
-                gin.bind_parameter(name, value)
+        _set(numbers)
         return made(config.evaluate(_TRAIN, "algorithm"), task, "train.algorithm")
 
     return make
+
+
+def _bind(trial: Trial) -> None:
+    """Has Gin say of a trial what it would say if that ran alone."""
+    _set(trial.numbers if trial.seed is None else {**trial.numbers, _SEED: trial.seed})
+    config.evaluate(_TRAIN, "algorithm")
+    if trial.seed is not None:
+        config.evaluate(_TRAIN, "seed")
+
+
+def _set(numbers: Mapping[str, Any]) -> None:
+    with gin.unlock_config():
+        for name, value in numbers.items():
+            gin.bind_parameter(name, value)
 
 
 def answer(file: str) -> int:

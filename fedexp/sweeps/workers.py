@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,9 +14,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from fedexp import children, paths
 from fedexp.errors import UserError
-from fedexp.sweeps.trials import LOG, Run, Trial
+from fedexp.sweeps.trials import LOG, PRUNED, Run, Trial, is_over
 
 T = TypeVar("T")
+_RUNS = "runs.json"
 # Of a GPU's memory, all that runs on it may have together.
 _GPU_MEMORY = 0.9
 
@@ -37,6 +39,7 @@ class Worker(NamedTuple):
 
     Attributes:
       runs: whose it is.
+      is_together: whether it is one of several, although perhaps the others are over.
       log: what it prints.
       place: where.
       child: its process.
@@ -44,6 +47,7 @@ class Worker(NamedTuple):
     """
 
     runs: Sequence[Run]
+    is_together: bool
     log: Path
     place: Place
     child: subprocess.Popen[bytes]
@@ -105,15 +109,26 @@ class Batches(NamedTuple):
 
     Attributes:
       most: runs of one.
-      apart: bindings that must be the same in all.
+      apart: bindings that must be the same in all; with 'train.seed' among them, that as well.
     """
 
     most: int = 1
     apart: Sequence[str] = ()
 
     def kind(self, run: Run, trial: Trial) -> tuple[Any, ...]:
-        """What runs of one program have in common."""
+        """What runs of one seed and one program have in common."""
         return run.seed, *(trial.bindings.get(name) for name in self.apart)
+
+    def other_seeds(self, runs: Sequence[Run], waiting: Sequence[Run]) -> list[Run]:
+        """The waiting runs of the same trials with other seeds, as far as there is room: seed after seed."""
+        seeds = dict.fromkeys(run.seed for run in waiting)
+        found: list[Run] = []
+        for seed in () if "train.seed" in self.apart else seeds:
+            of_seed = {run.trial: run for run in waiting if run.seed == seed}
+            room = self.most - len(runs) - len(found)
+            if len(runs) <= room and all(run.trial in of_seed for run in runs):
+                found += [of_seed[run.trial] for run in runs]
+        return found
 
 
 def start(runs: Sequence[Run], place: Place, workdir: Path) -> Worker:
@@ -127,14 +142,17 @@ def start(runs: Sequence[Run], place: Place, workdir: Path) -> Worker:
     Raises:
       UserError: a folder cannot be written to.
     """
+    cut, open_runs = cut_short(workdir, runs[0])
+    goes_on = cut is not None and open_runs == {run.folder for run in runs}
+    is_together = goes_on or len(runs) > 1
     folder, command = runs[0].folder, runs[0].command
-    if len(runs) > 1:
-        folder = workdir / "together" / _name(runs)
-        command = [sys.executable, "-m", "fedexp.sweeps.vmapped", str(folder / "runs.json")]
+    if is_together:
+        folder = cut if cut and goes_on else workdir / "together" / _name(runs)
+        command = [sys.executable, "-m", "fedexp.sweeps.vmapped", str(folder / _RUNS)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if len(runs) > 1:
-            paths.write(folder / "runs.json", json.dumps(_described(runs, folder), indent=1) + "\n")
+        if is_together and not goes_on:
+            paths.write(folder / _RUNS, json.dumps(_described(runs, folder), indent=1) + "\n")
         with open(folder / LOG, "ab") as log:
             log_start = log.tell()
             child = subprocess.Popen(
@@ -147,7 +165,30 @@ def start(runs: Sequence[Run], place: Place, workdir: Path) -> Worker:
             )
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}; free space there") from error
-    return Worker(runs, folder / LOG, place, child, log_start)
+    return Worker(runs, is_together, folder / LOG, place, child, log_start)
+
+
+def cut_short(workdir: Path, run: Run) -> tuple[Path | None, set[Path]]:
+    """Of the program of several that had a run last, if it did not come to its end: its folder, and those of
+    its runs that are not over."""
+    files = (workdir / "together").glob(f"*/{_RUNS}")
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+        folders = {Path(one["workdir"]) for one in json.loads(file.read_text())["runs"]}
+        if run.folder in folders:
+            has_ended = any((folder / "final.json").exists() for folder in folders)
+            open_ones = {folder for folder in folders if not is_over(folder)}
+            return (None, set()) if has_ended else (file.parent, open_ones)
+    return None, set()
+
+
+def prune(worker: Worker, trial: int) -> None:
+    """Has a trial's runs end; of several in a program the others go on."""
+    for run in worker.runs:
+        if run.trial == trial and worker.is_together:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            paths.write(run.folder / PRUNED, "")
+        elif run.trial == trial:
+            children.signal_group(worker.child, signal.SIGTERM)
 
 
 def _name(runs: Sequence[Run]) -> str:

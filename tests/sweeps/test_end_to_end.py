@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -115,9 +118,68 @@ def test_trials_in_one_program_are_those_one_by_one(tmp_path, monkeypatch, capfd
     assert "The run diverged" in capfd.readouterr().err
 
 
-def test_trials_in_one_program_are_not_pruned(tmp_path, monkeypatch, capfd):
+@pytest.mark.slow
+def test_seeds_are_in_one_program_if_there_is_room(tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    text = SWEEP.replace("[3]", "[3, 4]").replace("[0.01, 0.1]", "[0.1]")
+    found = {}
+    for name, more in {"one by one": [], "together": ["--vmap_trials=3"]}.items():
+        folder = tmp_path / name
+        given = command(folder, text, "--gin_param=runtime.num_cpu_devices = 1")
+        assert sweep.main([*given, *more]) == 0
+        trials = json.loads((folder / "sweep.json").read_text())["trials"]
+        found[name] = [run["value"] for trial in trials for run in trial["runs"]]
+    (program,) = (tmp_path / "together" / "together").iterdir()
+    runs = json.loads((program / "runs.json").read_text())["runs"]
+    assert [Path(run["workdir"]).name for run in runs] == ["seed_3", "seed_4"]
+    assert found["together"] == pytest.approx(found["one by one"], rel=1e-5)
+    for seed in (3, 4):
+        of_seed = tmp_path / "together/trials/000" / f"seed_{seed}" / "operative_config.gin"
+        assert f"train.seed = {seed}\n" in of_seed.read_text()
+        assert "server/adam.learning_rate = 0.1\n" in of_seed.read_text()
+
+
+@pytest.mark.slow
+def test_a_trial_is_pruned_within_its_program_which_goes_on_when_it_was_killed(
+    tmp_path, monkeypatch
+):
     pytest.importorskip("optuna")
     monkeypatch.chdir(REPOSITORY)
-    given = command(tmp_path / "runs", SWEEP + PRUNED)
-    assert sweep.main([*given, "--vmap_trials=2"]) == 2
-    assert capfd.readouterr().err.startswith("error: --vmap_trials: a pruner stops single trials")
+    folder = tmp_path / "runs"
+    text = SWEEP.replace("0.01", "1e-5") + PRUNED.split("study.pruner")[0]
+    text += """
+study.pruner = @SuccessiveHalvingPruner()
+SuccessiveHalvingPruner.min_resource = 50
+SuccessiveHalvingPruner.reduction_factor = 2
+"""
+    many = ["train.num_rounds = 4000", "evaluate.every = 50", "CheckpointPlan.every = 50"]
+    given = command(folder, text, *(f"--gin_param={one}" for one in many), "--vmap_trials=2")
+    sweeping = subprocess.Popen([sys.executable, "-m", "launch.sweep", *given])
+    marks = []
+    while not (marks := [*folder.glob("trials/*/seed_3/pruned.txt")]):
+        assert sweeping.poll() is None
+        time.sleep(0.1)
+    checkpoints = [*folder.glob("together/*/checkpoints/[1-9]*")]
+    sweeping.kill()
+    sweeping.wait()
+    (pruned,) = (mark.parent for mark in marks)
+    (other,) = (path for path in folder.glob("trials/*/seed_3") if path != pruned)
+    assert checkpoints and not (other / "final.json").exists()
+    first = (other / "rounds.jsonl").read_text().splitlines()[0]
+    assert sweep.main(given) == 0
+    assert len([*folder.glob("together/*/runs.json")]) == 1
+    lines = (other / "rounds.jsonl").read_text().splitlines()
+    assert lines[0] == first and json.loads(lines[-1])["round"] == 4000  # Not begun again.
+    last = json.loads((pruned / "rounds.jsonl").read_text().splitlines()[-1])
+    assert last["round"] < 4000 and not (pruned / "final.json").exists()
+    trials = json.loads((folder / "sweep.json").read_text())["trials"]
+    assert [trial["state"] for trial in trials] == ["finished", "pruned"]
+
+
+@pytest.mark.slow
+def test_how_many_trials_pay_is_tried(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(REPOSITORY)
+    given = command(tmp_path / "runs", SWEEP, "--vmap_trials=auto")
+    assert sweep.main(given) == 0
+    said = capfd.readouterr().err
+    assert re.search(r"--vmap_trials=auto: [12] trials in a program; .* ms of 1, .* ms of 2", said)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 
 from fedexp.sweeps.trials import Run
-from fedexp.sweeps.workers import places, start
+from fedexp.sweeps.workers import Batches, cut_short, places, prune, start
 
 
 def test_one_place_has_everything_as_a_run_by_hand_has():
@@ -45,6 +46,43 @@ def test_a_run_has_the_cores_of_its_place(tmp_path, monkeypatch):
     assert worker.child.wait() == 0
     assert (tmp_path / "run" / "log.txt").read_text() == f"[{mine[-1]}] 1\n"
     assert sorted(os.sched_getaffinity(0)) == mine
+
+
+def runs(folder, seeds, count=3):
+    return [Run(i, folder / str(i) / f"seed_{s}", s, ()) for i in range(count) for s in seeds]
+
+
+def test_other_seeds_come_whole_or_not_at_all(tmp_path):
+    waiting = runs(tmp_path, (0, 1, 2))
+    first = [run for run in waiting if run.seed == 0]
+    rest = [run for run in waiting if run.seed != 0]
+    for most, seeds in {3: [], 5: [], 6: [1], 8: [1], 9: [1, 2], 16: [1, 2]}.items():
+        found = Batches(most).other_seeds(first, rest)
+        assert [(run.seed, run.trial) for run in found] == [(s, i) for s in seeds for i in range(3)]
+    assert not Batches(9, ["train.seed"]).other_seeds(first, rest)
+    without = [run for run in rest if (run.seed, run.trial) != (1, 2)]
+    assert {run.seed for run in Batches(9).other_seeds(first, without)} == {2}
+
+
+def test_a_program_that_was_cut_short_is_known_by_what_is_left_of_it(tmp_path, monkeypatch):
+    own = runs(tmp_path / "trials", (0,))
+    monkeypatch.setattr(sys, "executable", "true")
+    (place,) = places(1, [0], [])
+    worker = start(own, place, tmp_path)
+    program = worker.log.parent
+    assert worker.is_together and worker.child.wait() == 0
+    assert cut_short(tmp_path, own[0]) == (program, {run.folder for run in own})
+    prune(worker, 1)
+    assert cut_short(tmp_path, own[0]) == (program, {own[0].folder, own[2].folder})
+    again = start([own[0], own[2]], place, tmp_path)
+    assert again.log.parent == program and again.child.wait() == 0
+    described = json.loads((program / "runs.json").read_text())["runs"]
+    assert [one["workdir"] for one in described] == [str(run.folder) for run in own]
+    apart = start([own[0]], place, tmp_path)
+    assert not apart.is_together and apart.child.wait() == 0
+    own[2].folder.mkdir(parents=True)
+    (own[2].folder / "final.json").write_text("{}")  # Then all have come to their end.
+    assert cut_short(tmp_path, own[0]) == (None, set())
 
 
 def test_what_is_printed_runs_by_hand(tmp_path, monkeypatch):

@@ -8,6 +8,8 @@ PRIVACY = ["dp-accounting>=0.6", "jax-privacy>=2"]
 SWEEPS = ["optuna>=5"]
 CLUSTER = ["submitit>=1.5"]
 REPORT = ["plotly"]
+PARQUET = ["pyarrow"]
+HUGGINGFACE = ["datasets>=4"]
 TEST = [
     "hypothesis",
     "kubernetes-validate",
@@ -18,6 +20,8 @@ TEST = [
     *PRIVACY,
     *SWEEPS,
     *CLUSTER,
+    *PARQUET,
+    *HUGGINGFACE,
     # Studies of Optuna in PostgreSQL, where there is a server.
     "psycopg[binary]",
     # A local stand-in for S3.
@@ -64,12 +68,16 @@ setup(
     extras_require={
         "cluster": CLUSTER,
         "gcs": ["gcsfs"],
+        "mlflow": ["mlflow>=3"],
+        "huggingface": HUGGINGFACE,
+        "parquet": PARQUET,
         "privacy": PRIVACY,
         "report": REPORT,
         "s3": ["s3fs"],
         "sweeps": SWEEPS,
         "tensorflow": ["tensorflow"],
         "test": TEST,
+        "wandb": ["wandb>=0.19.10"],
         # basedpyright brings its own Node.js; plain pyright downloads one when it is first called.
         "dev": [*TEST, "basedpyright", "ruff"],
     },

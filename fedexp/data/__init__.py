@@ -1,5 +1,6 @@
 """Federated data sets, their readers and client samplers."""
 
+from fedexp.data.arrow import parquet as parquet
 from fedexp.data.attackers import flipped_labels as flipped_labels
 from fedexp.data.batching import ClientBatching as ClientBatching
 from fedexp.data.cifar100 import cifar100 as cifar100

@@ -13,12 +13,15 @@ from fedexp.data.dataset import FederatedSplits as FederatedSplits
 from fedexp.data.emnist import emnist as emnist
 from fedexp.data.glyphs import glyphs as glyphs
 from fedexp.data.leaf import leaf as leaf
+from fedexp.data.noise import noisy_features as noisy_features
 from fedexp.data.partition import arrays as arrays
 from fedexp.data.partition import by_client as by_client
 from fedexp.data.partition import dirichlet as dirichlet
 from fedexp.data.partition import from_arrays as from_arrays
 from fedexp.data.partition import iid as iid
 from fedexp.data.partition import pachinko as pachinko
+from fedexp.data.partition import power_law as power_law
+from fedexp.data.partition import quantiles as quantiles
 from fedexp.data.partition import shards as shards
 from fedexp.data.samplers import SECONDS as SECONDS
 from fedexp.data.samplers import Sample as Sample

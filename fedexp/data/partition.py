@@ -152,6 +152,68 @@ def iid(num_clients: int, seed: int = 0) -> Partitioner:
 
 
 @gin.configurable
+def power_law(
+    num_clients: int, sigma: float = 2.0, min_examples: int = 1, seed: int = 0
+) -> Partitioner:
+    """Quantity skew: examples at random, and clients' sizes as heavy-tailed as FedProx has them.
+
+    Beyond `min_examples`, which every client is given, sizes are proportional to exp(sigma z_k) with normal
+    z_k: so does the code of FedProx (Li et al. 2020, arXiv:1812.06127) draw its power law. All examples are
+    used.
+
+    Args:
+      num_clients: how many clients.
+      sigma: standard deviation of the sizes' logarithms, 2 in FedProx; 0 is `iid`.
+      min_examples: what every client has at least.
+      seed: of sizes and of who is given what.
+    """
+    _check_counts(num_clients=num_clients, min_examples=min_examples)
+    if not 0 <= sigma < np.inf:
+        raise UserError(f"power_law.sigma must be 0 or above, and finite, got {sigma}")
+
+    def partition(features: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        num_examples, rng = len(next(iter(features.values()))), np.random.default_rng(seed)
+        spare = num_examples - num_clients * min_examples
+        _check_enough(num_examples, num_examples - spare, "examples")
+        logarithms = sigma * rng.normal(size=num_clients)
+        weights = np.exp(logarithms - logarithms.max())
+        ends = np.rint(spare * weights.cumsum() / weights.sum()).astype(int)
+        ends += min_examples * np.arange(1, num_clients + 1)
+        return np.split(rng.permutation(num_examples), ends[:-1])
+
+    return partition
+
+
+@gin.configurable
+def quantiles(num_clients: int, feature: str = "x", entry: int = 0, seed: int = 0) -> Partitioner:
+    """Feature skew: examples in the order of a number, cut into clients of equal size.
+
+    The first client has the least values, as the youngest patients, the last the greatest. All examples are
+    used; sizes differ by one at most.
+
+    Args:
+      num_clients: how many clients.
+      feature: the feature to sort by.
+      entry: which of its numbers, counted through all its axes, where an example has several.
+      seed: of the order among equal values.
+    """
+    _check_counts(num_clients=num_clients)
+
+    def partition(features: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        values = _feature(features, feature).reshape(len(features[feature]), -1)
+        _check_enough(len(values), num_clients)
+        if not 0 <= entry < values.shape[1]:
+            raise UserError(
+                f"quantiles.entry is {entry}, but feature {feature!r} has {values.shape[1]} numbers a row"
+            )
+        order = np.random.default_rng(seed).permutation(len(values))
+        order = order[np.argsort(values[order, entry], kind="stable")]
+        return np.array_split(order, num_clients)
+
+    return partition
+
+
+@gin.configurable
 def shards(
     num_clients: int, shards_per_client: int = 2, label: str = "y", seed: int = 0
 ) -> Partitioner:
@@ -324,10 +386,14 @@ def _leaves(labels: np.ndarray, coarse: np.ndarray) -> list[np.ndarray]:
     return [np.flatnonzero(parent == c) for c in np.unique(parent)]
 
 
-def _labels(features: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+def _feature(features: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     if name not in features:
         raise UserError(f"no feature {name!r} to partition by; there are {sorted(features)}")
-    labels = features[name]
+    return features[name]
+
+
+def _labels(features: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    labels = _feature(features, name)
     if labels.ndim != 1 or labels.dtype.kind not in "biu":
         raise UserError(
             f"to partition by feature {name!r} it must be one integer an example; its shape is "

@@ -17,6 +17,8 @@ PARTITIONERS = {
     "shards": lambda num_clients, seed=0: partition.shards(num_clients, 3, seed=seed),
     "dirichlet": lambda num_clients, seed=0: partition.dirichlet(num_clients, 0.3, seed=seed),
     "pachinko": lambda num_clients, seed=0: partition.pachinko(num_clients, seed=seed),
+    "quantiles": lambda num_clients, seed=0: partition.quantiles(num_clients, "y", seed=seed),
+    "power_law": lambda num_clients, seed=0: partition.power_law(num_clients, 3.0, 2, seed),
 }
 
 
@@ -31,12 +33,15 @@ def _examples(labels: np.ndarray) -> dict[str, np.ndarray]:
     num_clients=st.integers(1, 4),
     seed=st.integers(0, 3),
 )
-def test_every_example_is_given_once_and_sizes_are_equal(name, labels, num_clients, seed):
+def test_every_example_is_given_once_and_sizes_are_as_promised(name, labels, num_clients, seed):
     rows = PARTITIONERS[name](num_clients, seed)(_examples(labels))
     assert len(rows) == num_clients
     np.testing.assert_array_equal(np.sort(np.concatenate(rows)), np.arange(len(labels)))
-    spread = np.ptp([len(r) for r in rows])
-    assert spread <= (3 if name == "shards" else 1)
+    sizes = [len(r) for r in rows]
+    if name == "power_law":
+        assert min(sizes) >= 2
+    else:
+        assert np.ptp(sizes) <= (3 if name == "shards" else 1)
 
 
 @pytest.mark.parametrize("name", PARTITIONERS)
@@ -54,6 +59,25 @@ def test_rows_keep_their_features_and_clients_their_number():
     assert dataset.client_ids.tolist() == [str(i) for i in range(12)]
     np.testing.assert_array_equal(dataset.features["y"], dataset.features["x"] % 5)
     assert not np.array_equal(dataset.features["x"], np.arange(60))
+
+
+def test_power_law_has_lognormal_sizes():
+    """Logarithms of sizes have the standard deviation sigma, once rounding is small."""
+    examples = _examples(np.zeros(2_000_000, int))
+    sizes = np.array([len(rows) for rows in partition.power_law(1000, 1.5)(examples)])
+    logarithms = np.log(sizes)
+    np.testing.assert_allclose(logarithms.std(), 1.5, rtol=0.07)
+    np.testing.assert_allclose(np.mean((logarithms - logarithms.mean()) ** 3), 0, atol=0.6)
+    even = [len(rows) for rows in partition.power_law(7, 0.0)(_examples(np.zeros(100, int)))]
+    assert np.ptp(even) <= 1
+
+
+def test_quantiles_are_of_one_number():
+    x = np.random.default_rng(0).permutation(24).reshape(12, 2)
+    rows = partition.quantiles(3, entry=1)({"x": x})
+    ordered = np.sort(x[:, 1])
+    for i, mine in enumerate(rows):
+        assert sorted(x[mine, 1]) == ordered[4 * i : 4 * i + 4].tolist()
 
 
 def test_shards_have_few_labels():
@@ -143,6 +167,10 @@ def test_draws_stop_at_what_is_left():
         (lambda: partition.iid(2.5), "num_clients must be a whole number above 0, got 2.5"),
         (lambda: partition.iid(9), "8 examples are too few for 9 clients"),
         (lambda: partition.shards(3, 3), "8 examples are too few for 9 shards"),
+        (lambda: partition.power_law(3, 1.0, 3), "8 examples are too few for 9 examples"),
+        (lambda: partition.power_law(3, -1.0), "power_law.sigma must be 0 or above, and finite"),
+        (lambda: partition.quantiles(2, "z"), r"no feature 'z' .*'x', 'y'"),
+        (lambda: partition.quantiles(2, "image", 2), "entry is 2, but feature 'image' has 2 num"),
         (lambda: partition.dirichlet(2, 0.0), "alpha must be above 0 and finite, got 0.0"),
         (lambda: partition.dirichlet(2, np.nan), "alpha must be above 0"),
         (lambda: partition.dirichlet(2, 1.0, label="z"), r"no feature 'z' .*'x', 'y'"),

@@ -43,7 +43,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["fedexp", "fedexp.*"]), "fedexp.gin_configs"],
     package_dir={"fedexp.gin_configs": "gin_configs"},
-    package_data={"fedexp.gin_configs": ["*.gin", "*/*.gin"]},
+    package_data={"fedexp": ["py.typed"], "fedexp.gin_configs": ["*.gin", "*/*.gin"]},
     install_requires=[
         "absl-py",
         "filelock>=4",
@@ -76,6 +76,8 @@ setup(
         "s3": ["s3fs"],
         "sweeps": SWEEPS,
         "tensorflow": ["tensorflow"],
+        # To run on TPUs, and to compile for them where there are none.
+        "tpu": ["jax[tpu]>=0.10"],
         "test": TEST,
         "wandb": ["wandb>=0.19.10"],
         # basedpyright brings its own Node.js; plain pyright downloads one when it is first called.

@@ -55,8 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--picture", help="a PNG file to draw the training split's clients to")
     given = parser.parse_args(arguments)
     # Imported here, so that --help and a mistyped flag answer at once.
+    import jax
+
     from fedexp import config, runtime, trainer  # noqa: F401  For Gin's names.
-    from fedexp.errors import UserError
+    from fedexp.errors import UserError, check
     from fedexp.main import experiment, without_gin_frames
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
@@ -65,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"--gin_file is missing; fedexp ships {config.shipped_names()}")
         config.load(given.gin_file, given.gin_param)
         runtime.start()
+        check(jax.process_count() == 1, "fedexp.inspect is for one process; start it alone")
         if given.data_only:
             look_at_data(console, _dataset(), given.label, given.picture)
         else:
@@ -359,7 +362,7 @@ def _short(text: str) -> str:
 
 
 def _value(value: Any) -> str:
-    return "" if value is None else f"{float(value):.6g}"
+    return "" if value is None else f"{value.item():.6g}"
 
 
 def _bytes(size: float) -> str:

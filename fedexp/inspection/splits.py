@@ -90,7 +90,7 @@ def census(
     if found is not None and is_label:
         classes = max(int(found.high) + 1, num_classes or 0)
         of_clients = _by_client(dataset, clients, found.name)
-        counts = np.stack([np.bincount(labels, minlength=classes) for labels in of_clients])
+        counts = np.stack([np.bincount(y.astype(int), minlength=classes) for y in of_clients])
     return Census(
         client_ids=dataset.client_ids,
         sizes=dataset.client_sizes,

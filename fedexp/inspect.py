@@ -134,13 +134,15 @@ def look_at_experiment(
       made: seconds that it took to make `setup`.
 
     Raises:
-      UserError: whatever `Experiment.run` would raise before its first round.
+      UserError: what `Experiment.run` would raise before its first round, workdirs aside.
     """
     from fedexp import config, inspection
     from fedexp.session import Session
+    from fedexp.stopping import Judge
 
     begin = time.perf_counter()
     session = Session(setup)
+    Judge(session, setup.checkpoints, setup.stop)  # For what it refuses.
     config.check_overrides_used(overrides)
     session.check_evaluations()
     built = made + time.perf_counter() - begin

@@ -11,6 +11,7 @@ from fedexp.inspection.splits import Census, heterogeneity, heterogeneity_by_cha
 
 _MOST_SHOWN = 50
 _LONGEST_ID = 12
+_FEW = 8  # Their ids stand side by side.
 _BARS = 40
 _SKEWED = 20  # From which on the largest client is too large for a linear axis.
 
@@ -53,7 +54,7 @@ def draw(census: Census, class_names: Sequence[str] | None = None) -> bytes:
         for of_class, colour in zip(classes, colours, strict=True):
             below = of_shown[:, :of_class].sum(1)
             bars.bar(columns, of_shown[:, of_class], 0.85, below, color=colour, linewidth=0)
-        bars.set(xlim=(-0.6, len(rows) - 0.4), xticks=[], ylabel="examples")
+        bars.set(xlim=(-0.5, len(rows) - 0.5), xticks=[], ylabel="examples")
         bars.set_title(f"{_which(census, len(rows))}: examples by {census.label}")
         image = shares.imshow(
             (of_shown / of_shown.sum(1, keepdims=True)).T,
@@ -64,9 +65,10 @@ def draw(census: Census, class_names: Sequence[str] | None = None) -> bytes:
         )
         names = [str(name) for name in class_names or classes]
         ids = census.client_ids[census.looked_at[rows]]
-        shares.set(xlim=(-0.6, len(rows) - 0.4), ylabel=census.label)
-        shares.set_xticks(columns, [f"{name:.{_LONGEST_ID}}" for name in ids], rotation=90)
-        shares.tick_params(axis="x", labelsize=6)
+        shares.set(xlim=(-0.5, len(rows) - 0.5), ylabel=census.label)
+        shares.set_xticks(columns, [f"{name:.{_LONGEST_ID}}" for name in ids])
+        if len(rows) > _FEW:
+            shares.tick_params(axis="x", labelsize=6, rotation=90)
         shares.set_title(f"Shares of {census.label} in each client's examples")
         figure.colorbar(image, ax=shares, pad=0.01, aspect=40, format="{x:.0%}")
         for axes in (shares, pooled):
@@ -96,6 +98,7 @@ def _draw_sizes(axes, sizes: np.ndarray) -> None:
         step = -(-(end - low) // _BARS)
         edges = np.arange(low, end + step, step)
     axes.hist(sizes, edges, color="0.45")
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.axvline(middle, color="tab:red", label=f"median {middle:g}")
     axes.set(xlabel="examples of a client", ylabel="clients")
     axes.set_title("All clients by size")

@@ -46,7 +46,8 @@ def _rounds(splits: Any, task: Any, algorithm: Any) -> Rounds:
             evaluations=[],
             observers=[],
             privacy=None,
-        ).rounds()
+        ).rounds(),
+        warm_up=2,  # A round of 64 trials takes minutes.
     )
 
 

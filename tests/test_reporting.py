@@ -97,6 +97,29 @@ def test_lines_of_rounds_that_are_run_again_are_dropped(tmp_path):
     assert all("train/loss" in line and "perf/round_seconds" in line for line in lines[3:5])
 
 
+def test_lines_are_flat_with_a_kind_of_value_by_name(tmp_path):
+    run(tmp_path, observers=[JsonLines()])
+    kinds = {}
+    for line in (tmp_path / "rounds.jsonl").read_text().splitlines():
+        for name, value in json.loads(line).items():
+            kinds.setdefault(name, set()).add(type(value))
+    counts = {name for name, found in kinds.items() if found == {int}}
+    assert counts == {"round", "perf/compilations"}
+    assert all(kinds[name] == {float} for name in kinds.keys() - counts)
+
+
+def test_pandas_reads_lines_in_one_call(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    result = run(tmp_path, observers=[JsonLines()])
+    by_round = pandas.read_json(tmp_path / "rounds.jsonl", lines=True).groupby("round").last()
+    assert list(by_round.index) == [1, 2, 3, 4]
+    assert by_round["train/loss"].notna().all()
+    measured = by_round["test/loss"].dropna()
+    assert dict(measured) == pytest.approx(
+        {row["round"]: row["test/loss"] for row in result.history}
+    )
+
+
 def test_what_a_sampler_says_of_a_round_is_told(tmp_path):
     def sample(client_ids, seed, round):
         infos = {"simulated/seconds": np.float32(round), "simulated/late": np.int64(2)}

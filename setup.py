@@ -13,6 +13,8 @@ HUGGINGFACE = ["datasets>=4"]
 TEST = [
     "hypothesis",
     "kubernetes-validate",
+    # MLflow without its pages; it writes SQLite by Optuna's SQLAlchemy.
+    "mlflow-skinny>=3",
     *REPORT,
     "pytest",
     "pytest-xdist",
@@ -68,8 +70,8 @@ setup(
     extras_require={
         "cluster": CLUSTER,
         "gcs": ["gcsfs"],
-        "mlflow": ["mlflow>=3"],
         "huggingface": HUGGINGFACE,
+        "mlflow": ["mlflow>=3"],
         "parquet": PARQUET,
         "privacy": PRIVACY,
         "report": REPORT,

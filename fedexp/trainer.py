@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import gin
 import jax
 
-from fedexp import algorithms, config, models, profiling, runtime  # noqa: F401  For Gin's names.
+from fedexp import algorithms, config, models, profiling, runtime, trackers  # noqa: F401  For Gin's names.
 from fedexp.checkpointing import CheckpointPlan, Saved, Saver, import_ahead
 from fedexp.evaluation import About
 from fedexp.privacy import Part

@@ -16,6 +16,7 @@ FLOORS = [
     {"runs"},
     {"plots", "together"},
     {"trainer"},
+    {"trackers"},
     {"auditing", "inspection", "reporting", "seeds", "several", "stopping"},
     {"session"},
     {"evaluation"},

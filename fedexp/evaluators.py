@@ -348,6 +348,11 @@ class Evaluator:
         parts = (self._zeros(), next(self._batches()))
         self._step.eval_shape(params, *jax.tree.map(of_all_devices, parts))
 
+    def compiled(self, params: PyTree) -> jax.stages.Compiled:
+        """A batch's program, compiled once more, for tools that read it."""
+        sums, batch = self._placement.split(self._zeros()), next(self._batches())
+        return self._step.lower(params, sums, self._placement.split(batch)).compile()
+
     def _zeros(self) -> PyTree:
         """Sums of each of this process's devices: per metric and client, and domain, and the confusion."""
         devices = len(self._placement.local)

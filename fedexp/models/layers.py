@@ -2,7 +2,8 @@
 
 XLA's CPU backend runs a convolution inside a loop an order of magnitude slower than outside, and one
 with per-lane kernels slower still. A matrix product suffers from neither, so `Conv` is built of
-those. `python -m benchmarks.convolution_in_loop` prints the measurements behind every choice here.
+those, but for TPUs, whose compiler does better with a convolution (docs/accelerators.md).
+`python -m benchmarks.convolution_in_loop` prints the measurements behind every other choice here.
 """
 
 from __future__ import annotations
@@ -85,12 +86,12 @@ def convolve(
     strides: tuple[int, int] = (1, 1),
     padding: str = "VALID",
 ) -> jax.Array:
-    """A two-dimensional convolution made of slices and matrix products.
+    """A two-dimensional convolution: XLA's own on TPU, elsewhere made of slices and matrix products.
 
     On CPU, float32 kernels of three rows that move one row at a time over enough of an image use
     Winograd's minimal filtering along the rows, which saves half of the arithmetic and has errors of
     about 2e-6 of the largest output, three times those of a direct convolution. All others multiply
-    patches by the kernel: where products are rounded to fewer bits, as by default on GPU and TPU,
+    patches by the kernel: where products are rounded to fewer bits, as by default on GPU,
     Winograd's algorithm would multiply the errors.
 
     Args:
@@ -102,6 +103,9 @@ def convolve(
     Returns:
       (B, H_out, W_out, C_out).
     """
+    if jax.default_backend() == "tpu":
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=numbers)
     pads = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
     if any(map(any, pads)):
         x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
@@ -181,7 +185,7 @@ def _combine(matrix: np.ndarray, terms: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 class Conv(nn.Module):
-    """A drop-in for the two-dimensional `nn.Conv`, made of matrix products (see `convolve`).
+    """A drop-in for the two-dimensional `nn.Conv`, written as suits the backend (see `convolve`).
 
     Parameters are named and shaped like nn.Conv's: kernel (kh, kw, C_in, C_out), bias (C_out,).
 

@@ -73,6 +73,21 @@ def test_conv_without_bias_and_in_bfloat16():
     np.testing.assert_allclose(y.astype(jnp.float32), expected, atol=0.05)
 
 
+@pytest.mark.parametrize(("strides", "padding"), [((1, 1), "VALID"), ((2, 1), "SAME")])
+def test_on_tpu_a_convolution_is_xlas_own(monkeypatch, strides, padding):
+    x = jax.random.normal(jax.random.key(0), (2, 9, 8, 3))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 4))
+
+    def run(x, kernel):
+        return convolve(x, kernel, strides=strides, padding=padding)
+
+    expected = run(x, kernel)
+    assert "convolution" not in jax.jit(run).lower(x, kernel).as_text()
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert "convolution" in jax.jit(lambda *args: run(*args)).lower(x, kernel).as_text()
+    np.testing.assert_allclose(run(x, kernel), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_winograd_is_nearly_as_accurate_as_a_direct_convolution():
     x, kernel = normal(0, 4, 26, 26, 32), normal(1, 3, 3, 32, 64)
     patches = np.lib.stride_tricks.sliding_window_view(np.asarray(x, np.float64), (3, 3), (1, 2))

@@ -6,12 +6,15 @@ from fedexp.data.batching import ClientBatching as ClientBatching
 from fedexp.data.cifar100 import cifar100 as cifar100
 from fedexp.data.clock import Clock as Clock
 from fedexp.data.clock import Distribution as Distribution
+from fedexp.data.converts import image_files as image_files
+from fedexp.data.converts import label_ids as label_ids
 from fedexp.data.csv_files import csv as csv
 from fedexp.data.dataset import Batch as Batch
 from fedexp.data.dataset import FederatedDataset as FederatedDataset
 from fedexp.data.dataset import FederatedSplits as FederatedSplits
 from fedexp.data.emnist import emnist as emnist
 from fedexp.data.glyphs import glyphs as glyphs
+from fedexp.data.huggingface import huggingface as huggingface
 from fedexp.data.leaf import leaf as leaf
 from fedexp.data.noise import noisy_features as noisy_features
 from fedexp.data.partition import arrays as arrays
@@ -42,7 +45,6 @@ from fedexp.data.stackoverflow_synthetic import (
     stackoverflow_synthetic as stackoverflow_synthetic,
 )
 from fedexp.data.standardizing import standardized_features as standardized_features
-from fedexp.data.tables import label_ids as label_ids
 from fedexp.data.tfrecord import tfrecord as tfrecord
 from fedexp.data.tfrecord import write_tfrecord as write_tfrecord
 from fedexp.data.validation import split_validation as split_validation

@@ -82,7 +82,7 @@ class ArrowSource:
         self.where, self.names, self.load = where, names, load
 
     def read(self, columns: Mapping[str, bool]) -> Table:
-        with _reading(self.where):
+        with reading(self.where):
             loaded = self.load(list(columns))
         check(loaded.num_rows > 0, f"{self.where} has no rows; add examples")
         table = Table(self.where, {}, lambda row: f"row {row}")
@@ -148,10 +148,11 @@ class _Cells(NamedTuple):
 
         images = []
         for row, value in enumerate(self.array.to_pylist()):
-            if not isinstance(value, dict) or not value.get("bytes"):
-                self.refuse(row, "is no number and holds no bytes of an image", _CONVERT)
+            content, path = value.get("bytes"), value.get("path")
+            if not content and not path:
+                self.refuse(row, "is no number and holds no image", _CONVERT)
             try:
-                image = Image.open(io.BytesIO(value["bytes"]))
+                image = Image.open(io.BytesIO(content) if content else path)
                 image = image if image.mode in ("L", "RGB") else image.convert("RGB")
                 images.append(np.asarray(image))
             except Exception as error:  # Damaged images make Pillow raise nearly anything.
@@ -190,7 +191,7 @@ def _parquet(path: str) -> ArrowSource:
     else:
         where = download.local_folder(path, "*.parquet")
         check(any(where.glob("*.parquet")), f"no *.parquet files in {where}; correct the path")
-    with _reading(where):
+    with reading(where):
         names = parquet.ParquetDataset(where).schema.names
     return ArrowSource(
         str(where), names, lambda columns: parquet.read_table(where, columns=columns)
@@ -198,7 +199,8 @@ def _parquet(path: str) -> ArrowSource:
 
 
 @contextlib.contextmanager
-def _reading(where: object) -> Iterator[None]:
+def reading(where: object) -> Iterator[None]:
+    """Says of whatever goes wrong in reading a file which file it is."""
     try:
         yield
     except UserError:

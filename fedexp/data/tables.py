@@ -17,7 +17,6 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import gin
 import numpy as np
 
 from fedexp.data import features as features_lib
@@ -38,7 +37,7 @@ class Table(NamedTuple):
 
     Attributes:
       where: the file, for messages.
-      columns: name -> (rows, ...), numbers, or an object array of str.
+      columns: name -> (rows, ...), numbers, or objects such as text.
       row: what a row is called there, as "line 3".
     """
 
@@ -63,27 +62,8 @@ class Source(Protocol):
     names: list[str]
 
     def read(self, columns: Mapping[str, bool]) -> Table:
-        """Reads columns, {name: whether as text}. Those that are not text must be numbers."""
+        """Reads columns, {name: whether as objects, such as text}; others must be numbers."""
         ...
-
-
-@gin.configurable
-def label_ids(names: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
-    """A `convert` for labels that are text: the place in `names` that each has, int32.
-
-    In a gin file: `csv.features = {'y': ('diagnosis', (), 'object', @label_ids())}` with
-    `label_ids.names = ['benign', 'malignant']`. It raises UserError for any other label.
-    """
-    id_of = {name: i for i, name in enumerate(names)}
-
-    def convert(labels: np.ndarray) -> np.ndarray:
-        if unknown := sorted(set(labels.flat) - id_of.keys()):
-            raise UserError(
-                f"the label {unknown[0]!r} is none of {list(names)}; add it to label_ids.names"
-            )
-        return np.array([id_of[label] for label in labels.flat], np.int32).reshape(labels.shape)
-
-    return convert
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Flax (linen) modules, with nothing federated in them."""
 
+from fedexp.models.celeba import CelebaCNN as CelebaCNN
 from fedexp.models.emnist import EmnistAutoencoder as EmnistAutoencoder
 from fedexp.models.emnist import EmnistCNN as EmnistCNN
 from fedexp.models.emnist import EmnistDense as EmnistDense

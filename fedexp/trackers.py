@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 import threading
@@ -12,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import gin
-from absl import logging
+from absl import logging as absl_logging
 
 from fedexp import hyperparameters, paths
 from fedexp.errors import UserError
@@ -137,12 +138,12 @@ class Tracker(Observer):
         self._thread = None
         if self._rows:
             rounds = self._rows[0].round
-            logging.warning("@%s() was not told of all from round %d on", self.name, rounds)
+            absl_logging.warning("@%s() was not told of all from round %d on", self.name, rounds)
         try:
             # Observers are closed while the error that ends a run is on its way up.
             self.end(failed=sys.exc_info()[0] is not None)
         except Exception as error:
-            logging.warning("@%s() cannot end its run: %s", self.name, _one_line(error))
+            absl_logging.warning("@%s() cannot end its run: %s", self.name, _one_line(error))
 
     def _tell(self, number: int, values: dict[str, float]) -> None:
         self._rows.append(Row(number, time.time(), values))
@@ -160,7 +161,7 @@ class Tracker(Observer):
                 except Exception as error:
                     if not self._fails:
                         text = "@%s() cannot be told, is tried again, and training goes on: %s"
-                        logging.warning(text, self.name, _one_line(error))
+                        absl_logging.warning(text, self.name, _one_line(error))
                     self._fails = True
             if over:
                 return
@@ -218,8 +219,9 @@ class MLflow(Tracker):
     way_out = "MLFLOW_TRACKING_URI names the server, or a file as sqlite:///mlflow.db"
 
     def __init__(self, experiment: str = "fedexp"):
-        # Its own seven tries take four minutes, in which nothing is said.
+        # Its own eight tries take four minutes before anything is said, but for a warning of each.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
         super().__init__()
         self._experiment = experiment
 

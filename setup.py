@@ -9,7 +9,7 @@ SWEEPS = ["optuna>=5"]
 CLUSTER = ["submitit>=1.5"]
 REPORT = ["plotly"]
 PARQUET = ["pyarrow"]
-HUGGINGFACE = ["datasets>=4"]
+HUGGINGFACE = ["datasets"]
 TEST = [
     "hypothesis",
     "kubernetes-validate",

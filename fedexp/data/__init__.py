@@ -45,6 +45,7 @@ from fedexp.data.stackoverflow_synthetic import (
     stackoverflow_synthetic as stackoverflow_synthetic,
 )
 from fedexp.data.standardizing import standardized_features as standardized_features
+from fedexp.data.synthetic import synthetic as synthetic
 from fedexp.data.tfrecord import tfrecord as tfrecord
 from fedexp.data.tfrecord import write_tfrecord as write_tfrecord
 from fedexp.data.validation import split_validation as split_validation

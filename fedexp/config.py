@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util  # noqa: F401  Gin 0.5 uses it without importing it.
 import inspect
@@ -10,9 +11,10 @@ import logging
 import os
 import re
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import gin
 from gin import config as gin_config
@@ -42,8 +44,8 @@ _NOT_PART_OF_THE_EXPERIMENT = ("workdir.allow_config_change",)
 def load(files: Sequence[str], bindings: Sequence[str]) -> None:
     """Parses gin files and then `--gin_param` bindings, which win.
 
-    A file is looked for relative to the current folder first, then among the configs fedexp ships. It may
-    also be in a bucket, as s3://bucket/a.gin; so may what it includes.
+    A file is looked for relative to the current folder first, then among the configs fedexp ships; what a
+    file includes, beside that file before. It may also be in a bucket, as s3://bucket/a.gin.
 
     Raises:
       UserError: a missing file, a syntax error, a name nobody knows, with the nearest known one, or a value
@@ -54,7 +56,7 @@ def load(files: Sequence[str], bindings: Sequence[str]) -> None:
     gin_config.register_file_reader(_open_remote, _is_remote_file)
     logging.getLogger().addFilter(_is_worth_logging)
     try:
-        with bound.recording():
+        with bound.recording(), _looking_beside():
             gin.parse_config_files_and_bindings(list(files), list(bindings))
     except _GIN_ERRORS as error:
         if _is_a_bug_of_an_imported_module(error):
@@ -173,6 +175,35 @@ def as_text() -> str:
     return "".join(line for line in lines if _is_experiment(line))
 
 
+@contextlib.contextmanager
+def _looking_beside() -> Iterator[None]:
+    """Makes Gin look for an included file in the folder of the one that includes it, before elsewhere."""
+    parse, under_way = gin_config.parse_config_file, []
+
+    def parse_file(name: str, *args: Any, **kwargs: Any) -> Any:
+        beside = [os.path.dirname(path) for path in under_way[-1:]]
+        path = _where(name, [*beside, *gin_config._LOCATION_PREFIXES], under_way)
+        under_way.append(path)
+        try:
+            return parse(path, *args, **kwargs)
+        finally:
+            under_way.pop()
+
+    with mock.patch.object(gin_config, "parse_config_file", parse_file):
+        yield
+
+
+def _where(name: str, folders: Iterable[str], under_way: Sequence[str]) -> str:
+    """The path of a gin file in the first folder that has it; its name if none has.
+
+    One that is under way is passed over: my `quickstart.gin` may include the shipped one.
+    """
+    if os.path.isabs(name) or paths.is_remote(name):
+        return name
+    candidates = (os.path.join(folder, name) for folder in folders)
+    return next((path for path in candidates if path not in under_way and _is_file(path)), name)
+
+
 def _is_worth_logging(record: logging.LogRecord) -> bool:
     """Gin logs an error for every folder it looks into in vain, also when it finds the file later."""
     return not str(record.msg).startswith("Path not found")
@@ -186,14 +217,20 @@ def _is_a_bug_of_an_imported_module(error: Exception) -> bool:
     return is_importing and not isinstance(error, ImportError) and not raised_by.startswith("gin.")
 
 
+def _is_file(path: str) -> bool:
+    if not paths.is_remote(path):
+        return os.path.isfile(path)
+    try:
+        return paths.exists(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
 def _is_remote_file(name: str) -> bool:
     if not paths.is_remote(name):
         return False
-    try:
-        if paths.exists(name):
-            return True
-    except OSError as error:
-        raise UserError(f"cannot read {name}: {error.strerror}") from error
+    if _is_file(name):
+        return True
     raise UserError(f"there is no {name}, or no such bucket")
 
 

@@ -45,6 +45,37 @@ def test_a_missing_file_lists_the_shipped_ones():
         config.load(["no_such.gin"], [])
 
 
+def test_included_files_lie_beside_the_including_one(tmp_path, monkeypatch):
+    (tmp_path / "mine/parts/deep").mkdir(parents=True)
+    (tmp_path / "mine/a.gin").write_text("include 'parts/b.gin'\ntrain.seed = 1\n")
+    (tmp_path / "mine/parts/b.gin").write_text("include 'deep/c.gin'\ninclude 'd.gin'\n")
+    (tmp_path / "mine/parts/deep/c.gin").write_text("train.num_rounds = 7\n")
+    (tmp_path / "mine/parts/d.gin").write_text("uniform.cohort_size = 3\ninclude 'here.gin'\n")
+    (tmp_path / "d.gin").write_text("uniform.cohort_size = 4\n")
+    (tmp_path / "here.gin").write_text("evaluate.every = 5\n")
+    monkeypatch.chdir(tmp_path)
+    config.load(["mine/a.gin"], [])
+    assert config.bindings() == {
+        "train.seed": "1",
+        "train.num_rounds": "7",
+        "uniform.cohort_size": "3",
+        "evaluate.every": "5",
+    }
+    (tmp_path / "mine/parts/deep/c.gin").write_text("\ntrain.sede = 7\n")
+    with pytest.raises(UserError, match=r'mine/parts/deep/c\.gin", line 2.*mine/a\.gin", line 1'):
+        config.load([str(tmp_path / "mine/a.gin")], [])
+
+
+def test_a_file_may_include_a_shipped_one_of_its_own_name(tmp_path, monkeypatch):
+    (tmp_path / "quickstart.gin").write_text("include 'quickstart.gin'\ntrain.seed = 123\n")
+    for folder, name in ((".", str(tmp_path / "quickstart.gin")), (tmp_path, "quickstart.gin")):
+        monkeypatch.chdir(folder)
+        gin.clear_config()
+        config.load([name], [])
+        bound = config.bindings()
+        assert bound["train.seed"] == "123" and "train.dataset" in bound
+
+
 def test_an_ambiguous_name_is_refused():
     for module in ("here", "there"):
         gin.external_configurable(lambda: None, name="of_two_modules", module=module)

@@ -172,10 +172,17 @@ def test_an_unknown_scheme_is_refused():
 
 
 def test_gin_files_and_what_they_include(memory):
-    paths.write(f"{memory}/a.gin", f"include '{memory}/parts/b.gin'\nuniform.cohort_size = 3")
+    includes = f"include '{memory}/parts/b.gin'\ninclude 'parts/c.gin'\n"
+    includes += "include 'tests/support/linear.gin'\n"  # Not there, but in the current folder.
+    paths.write(f"{memory}/a.gin", f"{includes}uniform.cohort_size = 3")
     paths.write(f"{memory}/parts/b.gin", "train.seed = 7\nuniform.cohort_size = 2")
+    paths.write(f"{memory}/parts/c.gin", "evaluate.batch_size = 5")
+    config.load(["tests/support/linear.gin"], [])
+    linear = config.bindings()
+    gin.clear_config()
     config.load([f"{memory}/a.gin"], [])
-    assert config.bindings() == {"train.seed": "7", "uniform.cohort_size": "3"}
+    own = {"train.seed": "7", "evaluate.batch_size": "5", "uniform.cohort_size": "3"}
+    assert config.bindings() == linear | own
     with pytest.raises(UserError, match=rf"there is no {memory}/b.gin, or no such bucket"):
         config.load([f"{memory}/b.gin"], [])
 

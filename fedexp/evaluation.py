@@ -46,7 +46,7 @@ class Evaluate:
         that is the same in all of a client's examples is an attribute of the client.
       num_domains: how many of these there are.
       prefix: the group of its metrics; the split's name, with what else tells it apart, if None.
-      batch_size: examples a device holds at once; if None, 32 on CPU, where small batches stay in the
+      batch_size: examples a device measures at once; if None, 64 on CPU, where small batches stay in the
         cache, and 256 elsewhere.
 
     Raises:

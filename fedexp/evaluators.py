@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ PyTree = Any
 # Clients that are measured in one dispatch hold a model each: no more than fit into this.
 _PERSONAL_BYTES = 256 << 20
 _MOST_CLIENTS = 256
+_CHUNK_BYTES = 64 << 20  # Of examples that a device is given at once.
 _BEFORE = "before "  # With the server's parameters.
 
 
@@ -299,10 +301,15 @@ class ClientEvaluator:
 
 
 class Evaluator:
-    """Evaluates parameters on one data set, batch by batch; memory does not grow with the set.
+    """Evaluates parameters on one data set: a loop over its batches, on the devices.
 
-    The examples are spread over the devices of `placement`; those of a domain are measured apart, too. With
-    several processes, all make the same calls, and each reads its own share.
+    The examples are spread over the devices of `placement`. A set that fits into a chunk stays there for
+    later evaluations; of others one chunk after another is read, so that memory does not grow with the set.
+    The examples of a domain are measured apart, too. With several processes, all make the same calls, and
+    each reads its own share.
+
+    Attributes:
+      num_chunks: dispatches of an evaluation.
     """
 
     def __init__(
@@ -319,16 +326,21 @@ class Evaluator:
         self._placement = placement or one_device()
         self._share = -(-dataset.num_examples // self._placement.num_devices)
         if batch_size is None:
-            batch_size = 32 if jax.default_backend() == "cpu" else 256
-        self._batch_size = min(batch_size, self._share)
-        self._step = jit(self._add_batch, donate_argnums=1)
+            batch_size = 64 if jax.default_backend() == "cpu" else 256
+        batch_size = min(batch_size, self._share)
+        batches = -(-self._share // batch_size)
+        of_a_batch = batch_size * (dataset.nbytes // dataset.num_examples + 1)
+        self.num_chunks = -(-batches // max(_CHUNK_BYTES // of_a_batch, 1))
+        self._shape = -(-batches // self.num_chunks), batch_size
+        self._resident: PyTree = None
+        self._add = jit(self._add_chunk, donate_argnums=1)
         self._total = jit(self._sum_over_devices)
 
     def __call__(self, params: PyTree) -> Evaluation:
         """Evaluates `params` on every example."""
         sums = self._placement.split(self._zeros())
-        for batch, client in self._batches():
-            sums = self._step(params, sums, self._placement.arguments((batch, client)))
+        for chunk in self._chunks():
+            sums = self._add(params, sums, chunk)
         per_client, by_domain, confusion = jax.device_get(self._total(sums))
         confusion = confusion.astype(np.int64) if self._task.predict is not None else None
         result = _summary(self._task, per_client, confusion)
@@ -340,18 +352,18 @@ class Evaluator:
     def check(self, params: PyTree) -> None:
         """Traces an evaluation, which raises what its functions raise of these shapes."""
 
-        def of_all_devices(array: np.ndarray) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(
-                (self._placement.num_devices, *array.shape[1:]), array.dtype
-            )
+        def of_all_devices(array: np.ndarray, *axes: int) -> jax.ShapeDtypeStruct:
+            shape = (self._placement.num_devices, *axes, *array.shape[1:])
+            return jax.ShapeDtypeStruct(shape, array.dtype)
 
-        parts = (self._zeros(), next(self._batches()))
-        self._step.eval_shape(params, *jax.tree.map(of_all_devices, parts))
+        row = Batch(self._dataset.slice(0, 1), np.ones(1, bool)), np.zeros(1, np.int32)
+        chunk = jax.tree.map(lambda array: of_all_devices(array, *self._shape), row)
+        self._add.eval_shape(params, jax.tree.map(of_all_devices, self._zeros()), chunk)
 
     def compiled(self, params: PyTree) -> jax.stages.Compiled:
-        """A batch's program, compiled once more, for tools that read it."""
-        sums, batch = self._placement.split(self._zeros()), next(self._batches())
-        return self._step.lower(params, sums, self._placement.split(batch)).compile()
+        """A chunk's program, compiled once more, for tools that read it."""
+        sums = self._placement.split(self._zeros())
+        return self._add.lower(params, sums, next(self._chunks())).compile()
 
     def _zeros(self) -> PyTree:
         """Sums of each of this process's devices: per metric and client, and domain, and the confusion."""
@@ -365,35 +377,51 @@ class Evaluator:
         by_domain = {name: Measure(per_domain, per_domain) for name in names if self._domain}
         return by_client, by_domain, confusion
 
-    def _batches(self) -> Iterator[tuple[Batch, np.ndarray]]:
-        """Yields (batch, client of each example), arrays (local devices, batch size, ...)."""
+    def _chunks(self) -> Iterator[tuple[Batch, jax.Array]]:
+        """Yields (batches, client of each example) on the devices: (D, batches, batch size, ...)."""
+        if self._resident is not None:
+            yield self._resident
+            return
         last = self._dataset.num_examples - 1
-        first = self._placement.local[:, None] * self._share
-        for begin in range(0, self._share, self._batch_size):
-            row = begin + np.arange(self._batch_size)
+        first = self._placement.local[:, None, None] * self._share
+        size = math.prod(self._shape)
+        for begin in range(0, self.num_chunks * size, size):
+            row = begin + np.arange(size).reshape(self._shape)
             rows = first + row
             mask = (row < self._share) & (rows <= last)
             rows = np.minimum(rows, last)
-            yield Batch(self._dataset.gather(rows), mask), self._dataset.clients_of(rows)
+            batches = Batch(self._dataset.gather(rows), mask)
+            chunk = self._placement.split((batches, self._dataset.clients_of(rows)))
+            if self.num_chunks == 1:
+                self._resident = chunk
+            yield chunk
 
-    def _add_batch(self, params: PyTree, sums: PyTree, batch: PyTree) -> PyTree:
+    def _add_chunk(self, params: PyTree, sums: PyTree, chunk: PyTree) -> PyTree:
         def on_device(params, part):
-            (per_client, by_domain, confusion), (batch, client) = part
-            outputs = self._task.apply(params, batch.examples, None)
-            measured = measures(self._task, outputs, batch.examples)
-            per_client = {
-                name: add_by_segment(per_client[name], measure, batch.mask, client)
-                for name, measure in measured.items()
-            }
-            if self._domain:
-                by_domain = self._domain.add(by_domain, measured, batch)
-            if self._task.predict:
-                labels, predictions = self._task.predict(outputs, batch.examples)
-                confusion += confusion_counts(labels, predictions, batch.mask, len(confusion))
-            return (), (per_client, by_domain, confusion)
+            sums, chunk = part
 
-        _, sums = self._placement.run(on_device, params, (sums, batch))
+            def add(number, sums):
+                return self._add_batch(params, sums, jax.tree.map(lambda leaf: leaf[number], chunk))
+
+            return (), jax.lax.fori_loop(0, self._shape[0], add, sums)
+
+        _, sums = self._placement.run(on_device, params, (sums, chunk))
         return sums
+
+    def _add_batch(self, params: PyTree, sums: PyTree, part: tuple[Batch, jax.Array]) -> PyTree:
+        (per_client, by_domain, confusion), (batch, client) = sums, part
+        outputs = self._task.apply(params, batch.examples, None)
+        measured = measures(self._task, outputs, batch.examples)
+        per_client = {
+            name: add_by_segment(per_client[name], measure, batch.mask, client)
+            for name, measure in measured.items()
+        }
+        if self._domain:
+            by_domain = self._domain.add(by_domain, measured, batch)
+        if self._task.predict:
+            labels, predictions = self._task.predict(outputs, batch.examples)
+            confusion += confusion_counts(labels, predictions, batch.mask, len(confusion))
+        return per_client, by_domain, confusion
 
     def _sum_over_devices(self, sums: PyTree) -> PyTree:
         return self._placement.keep_replicated(jax.tree.map(lambda leaf: leaf.sum(axis=0), sums))

@@ -10,6 +10,7 @@ import optax
 import pytest
 from flax import linen as nn
 
+from fedexp import evaluators
 from fedexp.algorithms import fedavg
 from fedexp.data import FederatedDataset, FederatedSplits, uniform
 from fedexp.errors import UserError
@@ -34,12 +35,22 @@ def classes_by_client(sizes=(5, 1, 12, 3)) -> FederatedDataset:
     )
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 7, 21, 500])
-def test_metrics_per_client_and_confusion_equal_numpy(batch_size):
+# An example has 28 bytes.
+@pytest.mark.parametrize(
+    ("batch_size", "bytes_at_once", "chunks"),
+    [(1, 60, 11), (4, 1, 6), (4, 260, 3), (4, 10**6, 1), (7, 450, 2), (500, 10**6, 1)],
+)
+def test_metrics_per_client_and_confusion_equal_numpy(
+    batch_size, bytes_at_once, chunks, monkeypatch
+):
+    monkeypatch.setattr(evaluators, "_CHUNK_BYTES", bytes_at_once)
     dataset = classes_by_client()
     task = classification(nn.Dense(NUM_CLASSES), num_classes=NUM_CLASSES)
     params = task.init(jax.random.key(1), dataset.slice(0, 1))
-    result = Evaluator(task, dataset, batch_size)(params)
+    evaluator = Evaluator(task, dataset, batch_size)
+    assert evaluator.num_chunks == chunks
+    evaluator(jax.tree.map(np.zeros_like, params))  # Which leaves nothing behind.
+    result = evaluator(params)
 
     x, y = dataset.features["x"].astype(float), dataset.features["y"]
     logits = x @ np.asarray(params["kernel"], float) + np.asarray(params["bias"], float)

@@ -15,7 +15,6 @@ import argparse
 import functools
 import itertools
 import json
-import math
 import os
 import statistics
 import sys
@@ -128,11 +127,10 @@ def evaluated(session: Session, chip: Chip) -> dict[str, Any]:
     test, placement = session.splits["test"], session.engine.placement
     evaluator = Evaluator(session.setup.task, test, EVALUATED, placement)
     compiled = evaluator.compiled(session.first.state.params)
-    batch = total(Program(compiled.as_text(), chip).cost(ONCE))
-    share = math.ceil(test.num_examples / placement.num_devices)
+    chunk = total(Program(compiled.as_text(), chip).cost(ONCE))
     return {
         "examples": test.num_examples,
-        "seconds": math.ceil(share / EVALUATED) * batch.seconds,
+        "seconds": evaluator.num_chunks * chunk.seconds,
         "memory": memory_of(compiled)["all"],
     }
 

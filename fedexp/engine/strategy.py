@@ -13,7 +13,7 @@ from fedexp.engine.loop import run_clients
 from fedexp.engine.placement import Placement
 from fedexp.errors import UserError
 
-_ACCELERATOR_LANES = 32
+_GPU_LANES = 32
 _DEFAULT_RESIDENT_BYTES = 4 << 30
 
 
@@ -24,7 +24,7 @@ class Packing:
 
     Attributes:
       lanes: clients that train side by side on each device. 'auto' takes 1 on CPU, where a single
-        lane's products keep the cores busy, and up to 32 on accelerators.
+        lane's products keep the cores busy, and on TPU, and up to 32 on GPUs.
       batch_sizes: how many sizes of batches may be compiled, so that the remainders of small clients
         are not padded to a full batch; one more is taken where it saves 5 % of the computed examples.
       max_resident_bytes: splits up to this size together stay on the devices; of others every cohort's
@@ -75,6 +75,6 @@ class Strategy:
         """Lanes of each device for cohorts of about this size."""
         if self.packing.lanes != "auto":
             return self.packing.lanes
-        if jax.default_backend() == "cpu":
+        if jax.default_backend() in ("cpu", "tpu"):
             return 1
-        return max(1, min(cohort_size // self.placement.num_devices, _ACCELERATOR_LANES))
+        return max(1, min(cohort_size // self.placement.num_devices, _GPU_LANES))

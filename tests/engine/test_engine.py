@@ -39,6 +39,12 @@ def bind(strategy, algorithm=None, cohort_size=4, batching=None, dataset=None):
     return engine, engine.start(params)
 
 
+@pytest.mark.parametrize(("backend", "lanes"), [("cpu", 1), ("tpu", 1), ("gpu", 10)])
+def test_lanes_are_chosen_by_backend(monkeypatch, backend, lanes):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert jit().num_lanes(10) == lanes and jit(Packing(lanes=3)).num_lanes(10) == 3
+
+
 def test_many_cohorts_of_different_sizes_share_one_compilation():
     engine, state = bind(jit(Packing(lanes=2)))
     rng = np.random.default_rng(0)

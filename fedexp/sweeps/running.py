@@ -23,6 +23,7 @@ from fedexp.sweeps.trials import (
     error_line,
     evaluations,
     note_failure,
+    number_of,
     outcome,
 )
 from fedexp.sweeps.workers import Batches, Place, Worker, cut_short, prune, start
@@ -136,9 +137,10 @@ class Loop:
         """The runs of a program that was cut short, which can go on together; empty if they cannot."""
         _, folders = cut_short(self._folders.workdir, first)
         while missing := folders - {first.folder, *(run.folder for run in self._queue)}:
-            if not self._take():
+            # Trials come by number: one that should have come is another process's.
+            if max(self._open) >= max(map(number_of, missing)) or not self._take():
                 break
-        if not folders or missing:  # Perhaps another process has some.
+        if not folders or missing:
             return ()
         runs = [run for run in self._queue if run.folder in folders]
         self._queue = collections.deque(r for r in self._queue if r not in runs)

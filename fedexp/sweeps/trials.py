@@ -112,6 +112,11 @@ class Folders:
         return Run(number, folder, seed, (*self._arguments, *varied))
 
 
+def number_of(folder: Path) -> int:
+    """The trial of a run's folder."""
+    return int((folder.parent if folder.name.startswith("seed_") else folder).name)
+
+
 def outcome(run: Run, metric: str) -> Outcome:
     """What a run's folder tells."""
     try:

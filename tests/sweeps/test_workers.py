@@ -6,8 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from unittest import mock
 
-from fedexp.sweeps.trials import Run
+import pytest
+
+from fedexp.sweeps.running import Loop
+from fedexp.sweeps.trials import Folders, Run
 from fedexp.sweeps.workers import Batches, cut_short, places, prune, start
 
 
@@ -83,6 +87,23 @@ def test_a_program_that_was_cut_short_is_known_by_what_is_left_of_it(tmp_path, m
     own[2].folder.mkdir(parents=True)
     (own[2].folder / "final.json").write_text("{}")  # Then all have come to their end.
     assert cut_short(tmp_path, own[0]) == (None, set())
+
+
+@pytest.mark.parametrize(("others", "together"), [([1, 2, 3], [0, 1]), ([2, 3, 4, 5], [])])
+def test_a_program_goes_on_whole_or_not_at_all(tmp_path, others, together):
+    folders = Folders(tmp_path, ["a.gin"], [], [0])
+    trials = [folders.trial(number, {}) for number in range(6)]
+    program = tmp_path / "together" / "cut"
+    program.mkdir(parents=True)
+    described = {"runs": [{"workdir": str(trials[i].runs[0].folder)} for i in (0, 1)]}
+    (program / "runs.json").write_text(json.dumps(described))
+    coming = iter([trials[0], *(trials[i] for i in others)])
+    source = mock.Mock(next=lambda: next(coming, None))
+    loop = Loop(mock.Mock(metric="test/loss"), source, folders, [], None, Batches(2))
+    runs = loop._next()
+    assert [run.trial for run in runs] == together or [0, others[0]]
+    # No more trials are taken than it needs, for others may want them.
+    assert next(coming).number == others[1]
 
 
 def test_what_is_printed_runs_by_hand(tmp_path, monkeypatch):

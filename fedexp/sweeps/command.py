@@ -54,7 +54,8 @@ def prepare(
       sweep_file: that binds `sweep`.
       workdir: of the sweep.
       claim: False only reads.
-      vmap_trials: trials of one program, at most; 'auto' tries how many pay on this machine.
+      vmap_trials: trials of one program, at most; 'auto' tries how many pay on this machine, once for a
+        workdir.
 
     Raises:
       UserError: bad input.
@@ -73,17 +74,21 @@ def prepare(
     seeded = [dict(p, **_seed(sweep)) for p in points]
     prunes = sweep.study is not None and sweep.study.pruner is not None
     assert sweep.metric is not None
+    tried = Path(workdir) / "vmap_trials.txt"  # So that programs that were cut short can go on.
+    if vmap_trials == "auto" and tried.exists():
+        vmap_trials = int(tried.read_text())
     told = checking.ask(
         gin_files, gin_params, seeded, sweep.metric, prunes, build=claim, most=vmap_trials
     )
-    if told.said:
-        print(f"--vmap_trials=auto: {told.said}", file=sys.stderr)
     if told.observers is not None:
         gin_params = [*gin_params, f"train.observers = {told.observers}"]
     folders = Folders(Path(workdir), gin_files, gin_params, sweep.of_seeds)
     described = identity.Description(text, told.experiment)
     if claim:
         identity.claim(folders.workdir, described)
+        if told.said:
+            print(f"--vmap_trials=auto: {told.said}", file=sys.stderr)
+            paths.write(tried, f"{told.most}\n")
     lines = told.lines if prunes else None
     batches = Batches(told.most, told.apart)
     return Prepared(sweep, folders, points, described, lines, batches)

@@ -182,4 +182,8 @@ def test_how_many_trials_pay_is_tried(tmp_path, monkeypatch, capfd):
     given = command(tmp_path / "runs", SWEEP, "--vmap_trials=auto")
     assert sweep.main(given) == 0
     said = capfd.readouterr().err
-    assert re.search(r"--vmap_trials=auto: [12] trials in a program; .* ms of 1, .* ms of 2", said)
+    found = re.search(r"--vmap_trials=auto: ([12]) trials in a program; .* of 1, .* of 2", said)
+    assert found is not None
+    assert (tmp_path / "runs" / "vmap_trials.txt").read_text() == f"{found[1]}\n"
+    assert sweep.main(given) == 0
+    assert "auto" not in capfd.readouterr().err  # Not tried again.

@@ -238,5 +238,5 @@ def test_every_strategy_compiles(strategy, topology):
             strategy, topology, algorithm, linear.dataset(), params, lanes, np.arange(5)
         )
         sums = [one for one in program.collectives()["outside"] if "all-reduce" in one]
-        # A sum for each of its two passes through the clients.
-        assert len(sums) == (0 if strategy == "jit" else 2)
+        # Its first pass, of the control variates, adds nothing up.
+        assert len(sums) == (0 if strategy == "jit" else 1)

@@ -223,7 +223,8 @@ def test_every_algorithm_compiles(name):
     params = LINEAR.init(jax.random.key(0), None)
     for topology in TOPOLOGIES:
         program = program_of("mesh", topology, algorithm, linear.dataset(), params, 2, sample)
-        assert program.collectives()["inside"] == []
+        # What kmeans++ sums up to choose the first models is in a branch, for the first round alone.
+        assert (program.collectives()["inside"] != []) == (name == "kmeans++")
 
 
 @needs_libtpu

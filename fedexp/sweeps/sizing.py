@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-import time
+import contextlib
 from collections.abc import Mapping
 
 import jax
 
+from fedexp.inspection import cost
 from fedexp.session import Session
 from fedexp.together import Make, Trial, sessions_of
 from fedexp.trainer import Experiment
@@ -15,22 +15,15 @@ from fedexp.trainer import Experiment
 # Twice as many trials have to make a trial's round shorter by this factor.
 _PAYS = 0.95
 _MOST = 128
-_SECONDS = 0.5
 
 
 def seconds_of_a_round(session: Session) -> float:
-    """Mean time of rounds after the first two, which compile; of half a second of them, at least two."""
-    rounds = session.rounds(session.first)
-    for round_ in itertools.islice(rounds, 2):
-        jax.block_until_ready(round_.state)
-    begin, count = time.perf_counter(), 0
-    for round_ in rounds:
-        jax.block_until_ready(round_.state)
-        count += 1
-        if count > 1 and time.perf_counter() - begin > _SECONDS:
-            break
-    rounds.close()
-    return (time.perf_counter() - begin) / max(count, 1)
+    """How long an average round takes, once all is compiled."""
+    examples, runner = cost.load(session).examples.mean(), session.engine.runner
+    rounds = cost.rounds(session)
+    with contextlib.closing(rounds):
+        timing, _ = cost.training(rounds, float(examples), lambda: runner.compilations)
+    return timing.later
 
 
 def seconds_by_count(

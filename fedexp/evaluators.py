@@ -289,7 +289,7 @@ class ClientEvaluator:
 
     def _measured(self, params: PyTree, batch: Batch) -> dict[str, Measure]:
         outputs = self._task.apply(params, batch.examples, None)
-        return measures(self._task, outputs, batch.examples)
+        return measures(self._task, outputs, batch.examples, batch.mask)
 
     def _zeros(self) -> tuple[dict[str, Measure], dict[str, Measure]]:
         """A client's sums, and its sums by domain."""
@@ -411,7 +411,7 @@ class Evaluator:
     def _add_batch(self, params: PyTree, sums: PyTree, part: tuple[Batch, jax.Array]) -> PyTree:
         (per_client, by_domain, confusion), (batch, client) = sums, part
         outputs = self._task.apply(params, batch.examples, None)
-        measured = measures(self._task, outputs, batch.examples)
+        measured = measures(self._task, outputs, batch.examples, batch.mask)
         per_client = {
             name: add_by_segment(per_client[name], measure, batch.mask, client)
             for name, measure in measured.items()

@@ -13,16 +13,21 @@ from fedexp.models.layers import Dense
 
 
 @gin.configurable
-class BinaryLogistic(nn.Module):
-    """Logistic regression of two classes: the logit of class 1, class 0 having 0.
+class LinearModel(nn.Module):
+    """One linear layer, as for regression or a log hazard.
 
-    Under softmax that is one sigmoid unit and its binary cross-entropy. Kernel and bias start as in PyTorch,
-    from U(-1/sqrt(d), 1/sqrt(d)) for d inputs (FLamby, arXiv:2210.04620, trains from there).
+    Kernel and bias start as in PyTorch, from U(-1/sqrt(d), 1/sqrt(d)) for d inputs (FLamby, arXiv:2210.04620,
+    trains from there).
+
+    Attributes:
+      num_outputs: how many numbers it returns.
     """
+
+    num_outputs: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps (B, ...) to logits (B, 2)."""
+        """Maps (B, ...) to (B, num_outputs)."""
         x = x.reshape(x.shape[0], -1)
         bound = x.shape[1] ** -0.5
 
@@ -31,7 +36,20 @@ class BinaryLogistic(nn.Module):
         ) -> jax.Array:
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-        logit = Dense(1, kernel_init=start, bias_init=start)(x)
+        return Dense(self.num_outputs, kernel_init=start, bias_init=start)(x)
+
+
+@gin.configurable
+class BinaryLogistic(nn.Module):
+    """Logistic regression of two classes: the logit of class 1, class 0 having 0.
+
+    Under softmax that is one sigmoid unit and its binary cross-entropy. It starts as `LinearModel` does.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (B, ...) to logits (B, 2)."""
+        logit = LinearModel()(x)
         return jnp.concatenate([jnp.zeros_like(logit), logit], axis=1)
 
 

@@ -27,4 +27,5 @@ from fedexp.tasks.statistics import carrying_statistics as carrying_statistics
 from fedexp.tasks.statistics import join_statistics as join_statistics
 from fedexp.tasks.statistics import of_trained as of_trained
 from fedexp.tasks.statistics import split_statistics as split_statistics
+from fedexp.tasks.survival import cox as cox
 from fedexp.tasks.tags import tag_prediction as tag_prediction

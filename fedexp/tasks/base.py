@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -32,7 +33,8 @@ class Measure(NamedTuple):
     weights: jax.Array
 
 
-Metric = Callable[[Any, Features], Measure]
+# (outputs, batch) -> Measure; one that compares examples takes their mask (B,), too, as `mask`.
+Metric = Callable[..., Measure]
 Derived = Callable[[Mapping[str, jax.Array]], jax.Array]
 
 
@@ -46,8 +48,9 @@ class Task:
       init: (key, batch) -> params. Only the shapes and dtypes of the batch matter.
       apply: (params, batch, key) -> outputs, for instance logits (B, K). A key means training, and
         seeds dropout; None means evaluation.
-      loss: (outputs, batch) -> Measure, what training minimises.
-      metrics: name -> (outputs, batch) -> Measure. The loss is reported as 'loss' without being here.
+      loss: (outputs, batch) -> Measure, what training minimises. One that compares examples, as a ranking
+        does, takes `mask` (B,) bool, too, and leaves out rows with False, which are copies of real ones.
+      metrics: name -> likewise. The loss is reported as 'loss' without being here.
       derived: name -> function of the means of the loss and the metrics, by name, for what is reported
         like a metric but is no mean itself, as a perplexity.
       sum_loss: whether training minimises the sum over a batch's examples instead of the mean.
@@ -113,12 +116,23 @@ def reparametrised(task: Task, model: Callable[[PyTree], PyTree]) -> Task:
     )
 
 
-def measures(task: Task, outputs: Any, batch: Features) -> dict[str, Measure]:
-    """The loss, as 'loss', and all metrics of a batch, per example."""
-    return {
-        "loss": task.loss(outputs, batch),
-        **{name: metric(outputs, batch) for name, metric in task.metrics.items()},
-    }
+def measures(
+    task: Task, outputs: Any, batch: Features, mask: jax.Array | None = None
+) -> dict[str, Measure]:
+    """The loss, as 'loss', and all metrics of a batch, per example.
+
+    Args:
+      task: the task.
+      outputs: of its model.
+      batch: name -> (B, ...).
+      mask: (B,) bool, False on padding, for what compares examples; all are real if None.
+    """
+
+    def measured(metric: Metric) -> Measure:
+        compares = mask is not None and "mask" in inspect.signature(metric).parameters
+        return metric(outputs, batch, mask=mask) if compares else metric(outputs, batch)
+
+    return {name: measured(metric) for name, metric in {"loss": task.loss, **task.metrics}.items()}
 
 
 def with_derived(task: Task, means: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,7 +194,7 @@ def _loss(
 ) -> tuple[jax.Array, tuple[dict[str, Measure], dict[str, PyTree]]]:
     """The loss, the batch's sums, and the statistics after it."""
     outputs, statistics = _apply(task, params, batch, key)
-    measured = measures(task, outputs, batch.examples)
+    measured = measures(task, outputs, batch.examples, batch.mask)
     sums = {name: masked_sums(measure, batch.mask) for name, measure in measured.items()}
     values, weights = sums["loss"]
     loss = values if task.sum_loss else values / jnp.where(weights > 0, weights, 1)

@@ -22,6 +22,7 @@ from fedexp.data.partition import by_client as by_client
 from fedexp.data.partition import dirichlet as dirichlet
 from fedexp.data.partition import from_arrays as from_arrays
 from fedexp.data.partition import iid as iid
+from fedexp.data.partition import label_dirichlet as label_dirichlet
 from fedexp.data.partition import pachinko as pachinko
 from fedexp.data.partition import power_law as power_law
 from fedexp.data.partition import quantiles as quantiles

@@ -23,6 +23,8 @@ from fedexp.errors import UserError
 
 # (features: name -> (num_examples, ...)) -> for every client its rows, (n_i,) of integers.
 Partitioner = Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]
+# Of draws that leave some client with too few examples.
+_ATTEMPTS = 1000
 
 
 def from_arrays(features: Mapping[str, np.ndarray], partition: Partitioner) -> FederatedDataset:
@@ -278,6 +280,49 @@ def dirichlet(num_clients: int, alpha: float, label: str = "y", seed: int = 0) -
 
 
 @gin.configurable
+def label_dirichlet(
+    num_clients: int,
+    alpha: float,
+    min_examples: int = 10,
+    self_balancing: bool = True,
+    label: str = "y",
+    seed: int = 0,
+) -> Partitioner:
+    """Every label shared out by a Dirichlet of its own (Yurochkin et al. 2019, arXiv:1905.12022).
+
+    For each label in turn, shares p ~ Dir(alpha, ..., alpha) of its examples go to the clients, so that these
+    differ in their labels and in their sizes. As in the authors' code, NIID-Bench's (arXiv:2102.02079) and
+    PFLlib's after it, all is drawn anew until no client has fewer than `min_examples`. All examples are used.
+
+    Args:
+      num_clients: how many clients.
+      alpha: concentration, above 0: the smaller, the fewer clients have most of a label.
+      min_examples: what every client has at least.
+      self_balancing: a client that has the mean size gets nothing of later labels, as in these codes; False
+        for the paper's text.
+      label: the feature to partition by, one integer an example.
+      seed: of all draws.
+    """
+    _check_counts(num_clients=num_clients, min_examples=min_examples)
+    _check_concentrations(alpha=alpha)
+
+    def partition(features: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        labels, rng = _labels(features, label), np.random.default_rng(seed)
+        _check_enough(len(labels), num_clients * min_examples, "examples")
+        stock = _Stock(labels, rng)
+        for _ in range(_ATTEMPTS):
+            counts = _shared_out(rng, stock.left, num_clients, alpha, self_balancing)
+            if counts.sum(1).min() >= min_examples:
+                return [stock.take(mine) for mine in counts]
+        raise UserError(
+            f"label_dirichlet: in each of {_ATTEMPTS} draws a client had fewer than {min_examples} examples; "
+            "raise alpha, or lower min_examples or num_clients"
+        )
+
+    return partition
+
+
+@gin.configurable
 def pachinko(
     num_clients: int,
     examples_per_client: int | None = None,
@@ -370,6 +415,26 @@ def _draw(rng: np.random.Generator, size: int, q: np.ndarray, left: np.ndarray) 
             # What is left of q underflowed. Its limit is a single outcome.
             weights = np.eye(len(q))[rng.choice(len(q), p=(left - counts) / (left - counts).sum())]
         counts = np.minimum(counts + rng.multinomial(missing, weights / weights.sum()), left)
+    return counts
+
+
+def _shared_out(
+    rng: np.random.Generator, left: np.ndarray, num_clients: int, alpha: float, balanced: bool
+) -> np.ndarray:
+    """How many examples of each label every client is given, (num_clients, num_labels)."""
+    counts = np.zeros((num_clients, len(left)), int)
+    for i, number in enumerate(left):
+        shares = rng.dirichlet(np.full(num_clients, alpha))
+        if balanced:
+            takes = counts.sum(1) < left.sum() / num_clients
+            # Where all that is left has underflowed, its limit is a single client.
+            shares = (
+                takes * shares
+                if shares[takes].any()
+                else np.eye(num_clients)[rng.choice(takes.nonzero()[0])]
+            )
+        ends = shares.cumsum()
+        counts[:, i] = np.diff(np.rint(number * ends / ends[-1]), prepend=0)
     return counts
 
 

@@ -16,10 +16,16 @@ PARTITIONERS = {
     "iid": lambda num_clients, seed=0: partition.iid(num_clients, seed),
     "shards": lambda num_clients, seed=0: partition.shards(num_clients, 3, seed=seed),
     "dirichlet": lambda num_clients, seed=0: partition.dirichlet(num_clients, 0.3, seed=seed),
+    "label_dirichlet": lambda num_clients, seed=0: partition.label_dirichlet(
+        num_clients, 0.3, 1, seed=seed
+    ),
     "pachinko": lambda num_clients, seed=0: partition.pachinko(num_clients, seed=seed),
     "quantiles": lambda num_clients, seed=0: partition.quantiles(num_clients, "y", seed=seed),
     "power_law": lambda num_clients, seed=0: partition.power_law(num_clients, 3.0, 2, seed),
 }
+
+# Of those whose clients have different sizes.
+LEAST = {"power_law": 2, "label_dirichlet": 1}
 
 
 def _examples(labels: np.ndarray) -> dict[str, np.ndarray]:
@@ -38,8 +44,8 @@ def test_every_example_is_given_once_and_sizes_are_as_promised(name, labels, num
     assert len(rows) == num_clients
     np.testing.assert_array_equal(np.sort(np.concatenate(rows)), np.arange(len(labels)))
     sizes = [len(r) for r in rows]
-    if name == "power_law":
-        assert min(sizes) >= 2
+    if name in LEAST:
+        assert min(sizes) >= LEAST[name]
     else:
         assert np.ptp(sizes) <= (3 if name == "shards" else 1)
 
@@ -117,6 +123,45 @@ def test_dirichlet_of_a_large_alpha_is_iid_and_of_a_small_one_has_one_label():
     assert (single.max(1) == 1).all()
 
 
+@pytest.mark.parametrize("alpha", [0.1, 2.0])
+def test_label_dirichlet_shares_out_every_label(alpha):
+    """By label, shares are draws of Dir(alpha, ..., alpha), whose moments are known."""
+    num_labels, size, num_clients = 800, 200, 5
+    labels = np.repeat(np.arange(num_labels), size)
+    partitioner = partition.label_dirichlet(num_clients, alpha, self_balancing=False)
+    histogram = partition.from_arrays(_examples(labels), partitioner).label_histogram(num_labels)
+    shares, mean = histogram / size, 1 / num_clients
+    variance = mean * (1 - mean) / (num_clients * alpha + 1)
+    np.testing.assert_allclose(shares.mean(1), mean, atol=4 * np.sqrt(variance / num_labels))
+    np.testing.assert_allclose(shares.var(1), variance, rtol=0.15)
+    covariance = np.cov(shares)[~np.eye(num_clients, dtype=bool)]
+    np.testing.assert_allclose(covariance / variance, -1 / (num_clients - 1), atol=0.15)
+
+
+@given(
+    labels=st.lists(st.integers(0, 6), min_size=30, max_size=90),
+    num_clients=st.integers(1, 5),
+    alpha=st.floats(0.2, 50),
+    min_examples=st.integers(1, 3),
+)
+def test_label_dirichlet_stops_at_the_mean_size(labels, num_clients, alpha, min_examples):
+    partitioner = partition.label_dirichlet(num_clients, alpha, min_examples)
+    histogram = partition.from_arrays(_examples(labels), partitioner).label_histogram(7)
+    assert histogram.sum(1).min() >= min_examples
+    before = histogram.cumsum(1) - histogram
+    assert (before[histogram > 0] < len(labels) / num_clients).all()
+
+
+def test_label_dirichlet_of_a_tiny_alpha_and_of_too_many_clients():
+    labels = np.arange(60) % 6
+    rows = partition.label_dirichlet(3, 1e-4, 1)(_examples(labels))
+    assert sorted(np.unique(labels[r]).size for r in rows) == [2, 2, 2]
+    with pytest.raises(
+        UserError, match="in each of 1000 draws a client had fewer than 20 examples"
+    ):
+        partition.label_dirichlet(3, 0.01, 20)(_examples(labels % 2))
+
+
 def test_pachinko_follows_both_levels():
     """CIFAR-100's: 20 coarse labels of 5 fine ones, 500 clients of 100."""
     labels = np.repeat(np.arange(100), 500)
@@ -175,6 +220,9 @@ def test_draws_stop_at_what_is_left():
         (lambda: partition.dirichlet(2, np.nan), "alpha must be above 0"),
         (lambda: partition.dirichlet(2, 1.0, label="z"), r"no feature 'z' .*'x', 'y'"),
         (lambda: partition.dirichlet(2, 1.0, label="image"), r"'image' it must be one integer"),
+        (lambda: partition.label_dirichlet(2, 0.0), "alpha must be above 0 and finite, got 0.0"),
+        (lambda: partition.label_dirichlet(2, 1.0, 0), "min_examples must be a whole number above"),
+        (lambda: partition.label_dirichlet(3, 1.0, 3), "8 examples are too few for 9 examples"),
         (lambda: partition.pachinko(3, 3), "8 examples are too few for 9 examples"),
         (
             lambda: partition.pachinko(2, coarse_label="x"),

@@ -7,6 +7,8 @@ measurements behind every choice here.
 
 from __future__ import annotations
 
+import math
+
 import gin
 import jax
 import jax.numpy as jnp
@@ -198,7 +200,7 @@ class TransformerLanguageModel(nn.Module):
             return Dropout(self.dropout_rate)(x, deterministic=not train)
 
         x = nn.Embed(self.vocab_size, self.embedding_size)(tokens)
-        x = nn.Dense(self.width)(x * np.sqrt(self.embedding_size))
+        x = nn.Dense(self.width)(x * math.sqrt(self.embedding_size))
         x = dropped(x + _sinusoids(tokens.shape[1], self.width).astype(x.dtype))
         for _ in range(self.num_layers):
             heads = (3, self.num_heads, self.width // self.num_heads)

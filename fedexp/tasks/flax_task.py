@@ -1,4 +1,4 @@
-"""What the tasks of any Flax (linen) module have in common."""
+"""What the tasks of any Flax module, linen or NNX, have in common."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from fedexp.compiling import run_once
 from fedexp.errors import UserError
 from fedexp.streams import Stream, derive
 from fedexp.tasks.base import Features, PyTree, Task
+from fedexp.tasks.nnx_functions import Model, NnxFunctions, functions_of
 from fedexp.tasks.statistics import join_statistics, split_statistics
 
 Precision = Literal["bfloat16"] | None
@@ -21,7 +21,7 @@ Precision = Literal["bfloat16"] | None
 
 def flax_task(
     name: str,
-    model: nn.Module,
+    model: Model,
     inputs: Callable[[Features, jax.Array | None], tuple[jax.Array, ...]],
     output_shape: Callable[..., tuple[int, ...]],
     remedy: str,
@@ -39,6 +39,17 @@ def flax_task(
             mask = None if mask is None else mask[:, None]
             return nn.BatchNorm(use_running_average=not train)(x, mask=mask)
 
+    An NNX model is given as its class, or as any function that makes one of `rngs=`, so that the run's seed
+    chooses the first parameters; a module that is already made starts from those that it has. Training and
+    evaluation are its `train()` and `eval()`, and dropout draws from the step's key, whatever its own streams
+    are. Variables are named as a linen model's (see `NnxFunctions`); all but `nnx.Param` are statistics:
+
+        class Net(nnx.Module):
+            def __init__(self, rngs):
+                self.norm = nnx.BatchNorm(8, rngs=rngs)
+            def __call__(self, x, mask=None):
+                return self.norm(x, mask=None if mask is None else mask[:, None])
+
     With compute_dtype 'bfloat16' the model is given parameters and inputs rounded to that, and its outputs
     are widened to float32: the loss, the gradients, the optimizers, what clients send and all statistics
     stay in float32, and nothing needs scaling (Kalamkar et al. 2019, arXiv:1905.12322). Layers that name a
@@ -46,7 +57,7 @@ def flax_task(
 
     Args:
       name: the task's, for messages.
-      model: maps the inputs to outputs, an array.
+      model: maps the inputs to outputs, an array; a linen module, an NNX one, or an NNX module's class.
       inputs: (batch, key) -> the model's arguments; a key in training, None in evaluation.
       output_shape: maps the inputs to the shape that outputs must have.
       remedy: what to do about outputs of another.
@@ -54,12 +65,17 @@ def flax_task(
       **fields: the other fields of `Task`.
 
     Raises:
-      UserError: another compute_dtype (float16's gradients would underflow without scaling). The task's
-        `init` raises for a model whose arguments or outputs do not fit.
+      UserError: another compute_dtype. The task's `init` raises for a model whose arguments or outputs do
+        not fit.
     """
     if compute_dtype not in ("bfloat16", None):
-        raise UserError(f"compute_dtype must be 'bfloat16' or None, got {compute_dtype!r}")
-    signature = inspect.signature(type(model).__call__)
+        raise UserError(
+            f"{name}.compute_dtype must be 'bfloat16' or None, got {compute_dtype!r}; float16 would need "
+            "its gradients scaled"
+        )
+    model = functions_of(model)
+    kind = model.kind if isinstance(model, NnxFunctions) else type(model)
+    signature = inspect.signature(kind.__call__)
     accepted = signature.parameters
 
     def options(train: bool, mask: jax.Array | None = None) -> dict[str, Any]:
@@ -75,7 +91,7 @@ def flax_task(
             signature.bind(model, *args, **options(train=False))
         except TypeError as error:
             raise UserError(
-                f"{type(model).__name__}.__call__: {error}; {name} gives it {len(args)} input(s), and a bool "
+                f"{kind.__name__}.__call__: {error}; {name} gives it {len(args)} input(s), and a bool "
                 "`train` if it takes one"
             ) from None
         outputs, _ = jax.eval_shape(first, key, batch)
@@ -83,7 +99,7 @@ def flax_task(
         if found != expected:
             shapes = " and ".join(str(arg.shape) for arg in args)
             raise UserError(
-                f"{type(model).__name__} maps inputs of shape {shapes} to {found}, but {name} needs "
+                f"{kind.__name__} maps inputs of shape {shapes} to {found}, but {name} needs "
                 f"outputs of shape {expected}; {remedy}"
             )
         variables = run_once(lambda key, batch: first(key, batch)[1], key, batch)

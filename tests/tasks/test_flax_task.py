@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,25 @@ import optax
 import pytest
 from flax import linen as nn
 
-from fedexp.data.dataset import FederatedDataset
+from fedexp.data.dataset import Batch, FederatedDataset
 from fedexp.errors import UserError
-from fedexp.models import EmnistAutoencoder, EmnistCNN, LSTMLanguageModel, TagLogistic
-from fedexp.tasks import classification, mean_loss, next_token, reconstruction, tag_prediction
+from fedexp.models import (
+    CelebaCNN,
+    EmnistAutoencoder,
+    EmnistCNN,
+    LSTMLanguageModel,
+    ResNet18GroupNorm,
+    TagLogistic,
+    TransformerLanguageModel,
+)
+from fedexp.tasks import (
+    classification,
+    gradient,
+    mean_loss,
+    next_token,
+    reconstruction,
+    tag_prediction,
+)
 from tests.support.local import in_lanes_and_alone
 
 KEY, DROPOUT = jax.random.key(0), jax.random.key(1)
@@ -31,6 +48,50 @@ TASKS = {
     "reconstruction": (reconstruction, EmnistAutoencoder(), {}, IMAGES),
     "tag_prediction": (tag_prediction, TagLogistic(40, 7), {}, POSTS),
 }
+
+PICTURES = {"x": RNG.integers(0, 256, (2, 16, 16, 3)).astype(np.uint8), "y": IMAGES["y"][:2]}
+MORE_MODELS = {
+    "transformer": (next_token, TransformerLanguageModel(30, 4, 8, 1, 2, 8), {}, TEXT),
+    "resnet": (
+        classification,
+        ResNet18GroupNorm(10, stages=(1,), strides=(1,), width=4),
+        {"num_classes": 10},
+        PICTURES,
+    ),
+    "batch statistics": (classification, CelebaCNN(10), {"num_classes": 10}, PICTURES),
+}
+
+
+def dtypes_of_products(jaxpr) -> list[str]:
+    """The operands' dtypes of every matrix product and convolution of a program."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            found += [str(operand.aval.dtype) for operand in equation.invars]
+        for part in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+            inner = getattr(part, "jaxpr", part)
+            if hasattr(inner, "eqns"):
+                found += dtypes_of_products(inner)
+    return found
+
+
+@pytest.mark.parametrize("name", [*TASKS, *MORE_MODELS])
+def test_all_products_are_of_bfloat16_in_training_and_evaluation(name, monkeypatch):
+    monkeypatch.setattr(sys.modules["fedexp.tasks.flax_task"], "run_once", lambda function, *args: function(*args))
+    build, model, options, batch = (TASKS | MORE_MODELS)[name]
+    task = build(model, **options, compute_dtype="bfloat16")
+    mask = np.ones(len(next(iter(batch.values()))), bool)
+    params = jax.eval_shape(task.init, KEY, batch)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {"float32"}
+
+    step = jax.make_jaxpr(lambda params: gradient(task, params, Batch(batch, mask), DROPOUT))
+    evaluate = jax.make_jaxpr(lambda params: mean_loss(task, params, batch, mask, None))
+    for program in (step(params), evaluate(params)):
+        products = set(dtypes_of_products(program.jaxpr))
+        if name == "transformer" and len(products) > 1:  # JAX's attention has float32 logits.
+            products.remove("float32")
+        assert products == (set() if name == "tag_prediction" else {"bfloat16"})  # It adds rows up.
+        assert {str(out.dtype) for out in program.out_avals} == {"float32"}
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -90,5 +151,6 @@ def test_lanes_in_bfloat16_learn():
 @pytest.mark.parametrize("name", TASKS)
 def test_other_dtypes_are_refused(name):
     build, model, options, _ = TASKS[name]
-    with pytest.raises(UserError, match="must be 'bfloat16' or None, got 'float16'"):
+    message = f"{build.__name__}.compute_dtype must be 'bfloat16' or None, got 'float16'"
+    with pytest.raises(UserError, match=message):
         build(model, **options, compute_dtype="float16")

@@ -31,12 +31,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedexp import paths
+from fedexp import kept, paths
 from fedexp.errors import UserError
 from fedexp.mirror import Mirror
 
 PyTree = Any
-_ADDED = "added.json"
 
 
 def import_ahead() -> None:
@@ -131,6 +130,37 @@ class Saved(NamedTuple):
     spent: Sequence[Any] = ()
 
 
+def template_of(state: PyTree, clients: PyTree) -> PyTree:
+    """What a `Saver`'s checkpoint holds, for a server state and what it has of client states."""
+    return {"server": state, "clients": clients, "params": _places_of_params(state)[1]}
+
+
+def _places_of_params(state: PyTree) -> tuple[Any, list[Any]]:
+    """Where a checkpoint has the parameters, for who knows nothing of the algorithm.
+
+    Returns:
+      The tree of parameters as JSON has it, with the names of the checkpoint's arrays for leaves; and those
+      that are not among the arrays of the state, as one of several models, which it has besides.
+    """
+    named, _ = named_leaves({"server": state})
+    name_of, apart = {id(leaf): name for name, leaf in named.items()}, []
+
+    def place(tree: PyTree) -> Any:
+        if tree is None:
+            return None
+        if jax.tree_util.all_leaves([tree]):
+            if id(tree) not in name_of:
+                name_of[id(tree)] = f"params.{len(apart)}"
+                apart.append(tree)
+            return name_of[id(tree)]
+        below, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda one: one is not tree)
+        if isinstance(tree, (tuple, list)) and not hasattr(tree, "_fields"):
+            return [place(one) for _, one in below]
+        return {jax.tree_util.keystr(path, simple=True): place(one) for path, one in below}
+
+    return place(state.params), apart
+
+
 class Saver:
     """Checkpoints of everything a run needs to go on; does nothing without a workdir.
 
@@ -154,7 +184,7 @@ class Saver:
         self._checkpointer: Checkpointer | None = None
         if workdir is not None:
             self._checkpointer = Checkpointer(
-                os.path.join(workdir, "checkpoints"),
+                kept.folder_in(workdir),
                 keep=plan.keep,
                 best_metric=plan.best_metric,
                 best_mode=plan.best_mode,
@@ -192,13 +222,15 @@ class Saver:
         found = {name: getattr(saved, name) for name in names}
         metrics = None if measured is None else {str(self._best_metric): measured}
         if self._saved != saved.done:
-            about, clients, flush = {**found, "data": self._data}, {}, None
+            places, apart = _places_of_params(saved.state)
+            about: dict[str, Any] = {**found, "data": self._data, "params": places}
+            clients, flush = {}, None
             if self._client_states:
-                kept = self._checkpointer.rounds()
+                others = self._checkpointer.rounds()
                 clients, about["client_states"], flush = self._client_states.commit(
-                    saved.done, kept
+                    saved.done, others
                 )
-            state = {"server": saved.state, "clients": clients}
+            state = {"server": saved.state, "clients": clients, "params": apart}
             self._checkpointer.save(saved.done, state, about, metrics, elsewhere=flush)
         elif self._is_waiting and saved.report is None:
             self._checkpointer.add(saved.done, found, metrics)
@@ -215,7 +247,7 @@ class Saver:
                 self._client_states.keep_in(self._stores, 0)
             return None
         clients = self._client_states.template() if self._client_states else {}
-        template = {"server": state, "clients": clients}
+        template = template_of(state, clients)
         saved, metadata = self._checkpointer.restore(self._saved, template)
         for split, fingerprint in metadata.get("data", self._data).items():
             if self._data.get(split) != fingerprint:
@@ -321,7 +353,7 @@ class Checkpointer:
             )
         except Exception as error:
             raise UserError(
-                f"A checkpoint in {self._directory} is damaged: {_first_line(error)}. Delete its "
+                f"A checkpoint in {self._directory} is damaged: {first_line(error)}. Delete its "
                 "folder, or choose another folder."
             ) from error
         for round in self._manager.all_steps() if best_metric is not None else ():
@@ -413,7 +445,7 @@ class Checkpointer:
             return
         try:
             for folder in dict.fromkeys([str(self._folder), self._directory]):
-                paths.write(os.path.join(folder, str(round), _ADDED), json.dumps(added))
+                paths.write(os.path.join(folder, str(round), kept.ADDED), json.dumps(added))
         except OSError as error:
             raise self._cannot_write(error) from error
 
@@ -469,11 +501,10 @@ class Checkpointer:
             )
             described = read.about["arrays"]
             metadata = read.about["metadata"] | self._added(round).get("metadata", {})
-            arrays = {name: _checked(name, read.state, *described[name]) for name in described}
+            arrays = checked(read.state, described)
         except Exception as error:
             raise self.damaged(round, error) from error
-        plain = _fill(_without_keys(template), arrays, path)
-        return jax.tree.map(_as_key, plain, template), metadata
+        return filled(template, arrays, path), metadata
 
     def wait(self) -> None:
         """Returns when the save under way is complete, on disk or in the bucket."""
@@ -500,7 +531,7 @@ class Checkpointer:
         return {"metrics": None, **read.about, **self._added(round)}
 
     def _added(self, round: int) -> dict[str, Any]:
-        path = self._folder / str(round) / _ADDED
+        path = self._folder / str(round) / kept.ADDED
         return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
     def _note(self, round: int, tracked: Mapping[str, float] | None) -> None:
@@ -531,12 +562,12 @@ class Checkpointer:
         go_on = "do without it" if round < rounds[-1] else go_on
         return UserError(
             f"The checkpoint {os.path.join(self._directory, str(round))} is damaged: "
-            f"{_first_line(error)}. Delete that folder to {go_on}."
+            f"{first_line(error)}. Delete that folder to {go_on}."
         )
 
     def _cannot_write(self, error: Exception) -> UserError:
         return UserError(
-            f"Cannot write checkpoints to {self._directory}: {_first_line(error)}. "
+            f"Cannot write checkpoints to {self._directory}: {first_line(error)}. "
             "Free space there, or choose another folder."
         )
 
@@ -571,11 +602,12 @@ def _is_not_from_orbax(record: logging.LogRecord) -> bool:
     return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
     return f"{type(error).__name__}: {error}".strip().splitlines()[0].rstrip(".")
 
 
-def _named_leaves(tree: PyTree) -> tuple[dict[str, Any], Any]:
+def named_leaves(tree: PyTree) -> tuple[dict[str, Any], Any]:
     """The leaves by path (`params.Dense_0.kernel`), in the tree's order."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator=".") or "state": leaf
@@ -602,7 +634,7 @@ def _as_key(leaf: Any, like: Any) -> Any:
 
 def _host_arrays(state: PyTree) -> dict[str, np.ndarray]:
     # On a CPU these may be views of the state's buffers: Orbax copies them before `save` returns.
-    named, _ = _named_leaves(jax.device_get(state))
+    named, _ = named_leaves(jax.device_get(state))
     return {name: np.asarray(leaf) for name, leaf in named.items()}
 
 
@@ -614,17 +646,44 @@ def _checksum(array: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
-def _checked(
-    name: str, arrays: Mapping[str, np.ndarray], dtype: str, shape: list[int], checksum: int
-) -> np.ndarray:
-    array = arrays[name] if 0 not in shape else np.zeros(shape, jnp.dtype(dtype))
-    if _description(array) != (dtype, shape, checksum):
-        raise ValueError(f"{name} is not what was saved")
-    return array
+def checked(
+    read: Mapping[str, np.ndarray], described: Mapping[str, Sequence[Any]]
+) -> dict[str, np.ndarray]:
+    """A checkpoint's arrays, those without elements among them.
+
+    Args:
+      read: name -> array that has elements.
+      described: name -> what every array was when it was saved.
+
+    Raises:
+      KeyError, ValueError: one is missing, or is something else now.
+    """
+    arrays = {}
+    for name, (dtype, shape, checksum) in described.items():
+        array = read[name] if 0 not in shape else np.zeros(shape, jnp.dtype(dtype))
+        if _description(array) != (dtype, shape, checksum):
+            raise ValueError(f"{name} is not what was saved")
+        arrays[name] = array
+    return arrays
+
+
+def filled(template: PyTree, arrays: Mapping[str, np.ndarray], path: str) -> PyTree:
+    """A checkpoint's arrays in the place of a template's leaves; see `Checkpointer.restore`.
+
+    Args:
+      template: what is wanted.
+      arrays: name -> array.
+      path: of the checkpoint, for messages.
+
+    Raises:
+      UserError: they do not fit, with the first leaf that differs.
+    """
+    plain = _fill(_without_keys(template), arrays, path)
+    return jax.tree.map(_as_key, plain, template)
 
 
 def _fill(template: PyTree, arrays: Mapping[str, np.ndarray], path: str) -> PyTree:
-    named, structure = _named_leaves(template)
+    named, structure = named_leaves(template)
     for name in [*named, *(name for name in arrays if name not in named)]:
         saved = _kind(arrays[name]) if name in arrays else "missing"
         wanted = _kind(named[name]) if name in named else "missing"

@@ -14,9 +14,7 @@ from typing import Any
 import jax
 
 from fedexp import paths
-
-# Orbax leaves this file in a finished checkpoint; in a bucket it is the last to come and the first to go.
-_COMMITTED = "commit_success.txt"
+from fedexp.kept import finished, is_commit, round_of
 
 
 class Mirror:
@@ -35,10 +33,10 @@ class Mirror:
     def pull(self) -> None:
         """Fetches all finished checkpoints, and deletes what a killed upload left."""
         files = paths.find(self._url)
-        finished = {_round(file) for file in files if _is_commit(file)}
-        paths.download(self._url, [f for f in files if _round(f) in finished], self.folder)
+        whole = set(map(str, finished(files)))
+        paths.download(self._url, [f for f in files if round_of(f) in whole], self.folder)
         if jax.process_index() == 0:
-            self._remove([f for f in files if _round(f) not in finished])
+            self._remove([f for f in files if round_of(f) not in whole])
 
     def push(self, round: int, manager: Any) -> None:
         """Copies a checkpoint once it is finished, then deletes those gone here; in the background."""
@@ -59,21 +57,13 @@ class Mirror:
     def _push(self, round: int, manager: Any) -> None:
         manager.wait_until_finished()
         old = paths.find(self._url)
-        self._remove([file for file in old if _round(file) == str(round)])
+        self._remove([file for file in old if round_of(file) == str(round)])
         found = [path for path in (self.folder / str(round)).rglob("*") if path.is_file()]
         files = [path.relative_to(self.folder).as_posix() for path in found]
-        paths.upload(self.folder, [file for file in files if not _is_commit(file)], self._url)
-        paths.upload(self.folder, [file for file in files if _is_commit(file)], self._url)
-        self._remove([file for file in old if not (self.folder / _round(file)).exists()])
+        paths.upload(self.folder, [file for file in files if not is_commit(file)], self._url)
+        paths.upload(self.folder, [file for file in files if is_commit(file)], self._url)
+        self._remove([file for file in old if not (self.folder / round_of(file)).exists()])
 
     def _remove(self, files: list[str]) -> None:
-        paths.remove(self._url, [file for file in files if _is_commit(file)])
-        paths.remove(self._url, [file for file in files if not _is_commit(file)])
-
-
-def _round(file: str) -> str:
-    return file.partition("/")[0]
-
-
-def _is_commit(file: str) -> bool:
-    return file.partition("/")[2] == _COMMITTED
+        paths.remove(self._url, [file for file in files if is_commit(file)])
+        paths.remove(self._url, [file for file in files if not is_commit(file)])

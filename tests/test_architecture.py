@@ -17,7 +17,7 @@ FLOORS = [
     {"plots", "together"},
     {"trainer"},
     {"trackers"},
-    {"auditing", "inspection", "reporting", "seeds", "several", "stopping"},
+    {"auditing", "inspection", "reporting", "seeds", "several", "snapshots", "stopping"},
     {"session"},
     {"evaluation"},
     {"evaluators"},
@@ -37,7 +37,7 @@ FLOORS = [
     {"tasks"},
     {"models"},
     {"data"},
-    {"cache", "pulse", "sole_use"},
+    {"cache", "kept", "pulse", "sole_use"},
     {"children", "paths", "streams", "compiling", "traffic"},
     {"errors"},
 ]

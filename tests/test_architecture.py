@@ -10,7 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fedexp"
 # A room may import from those after its own floor: nothing upwards, and nothing sideways.
 FLOORS = [
-    {"__main__", "inspect", "sweeps"},
+    {"__main__", "reference"},
+    {"evaluate", "inspect", "sweeps"},
     {"compare", "main", "status"},
     {"report"},
     {"runs"},

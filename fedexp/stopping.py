@@ -19,22 +19,29 @@ from fedexp.session import Round, Session, row
 class EarlyStopping:
     """When a run ends before its last round, as `train.stop`.
 
-    It ends after an evaluation by which `CheckpointPlan.best_metric` has not improved for some time, as a run
-    that has done all its rounds does: everything is evaluated, of all clients, and a checkpoint made.
+    It ends after an evaluation by which `CheckpointPlan.best_metric` has not improved for some time, or is
+    good enough, as a run that has done all its rounds does: everything is evaluated, of all clients, and a
+    checkpoint made.
 
     Attributes:
-      patience: evaluations in a row without improvement after which it ends.
+      patience: evaluations in a row without improvement after which it ends; None for any number.
       min_delta: what counts as an improvement is greater than this.
+      target: what is good enough, for rounds to an accuracy; nothing is if None.
 
     Raises:
-      UserError: a patience below 1, or a negative or infinite min_delta.
+      UserError: a patience below 1, a negative or infinite min_delta, or neither patience nor target.
     """
 
-    patience: int = 10
+    patience: int | None = 10
     min_delta: float = 0.0
+    target: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.patience, int) or self.patience < 1:
+        if self.patience is None and self.target is None:
+            raise UserError("early_stopping needs a patience or a target")
+        if self.patience is not None and not (
+            isinstance(self.patience, int) and self.patience >= 1
+        ):
             raise UserError(
                 f"early_stopping.patience must be a whole number, at least 1, got {self.patience!r}"
             )
@@ -148,7 +155,10 @@ class Judge:
         best, since, evaluations = self._stall
         if self._stop is None or done == self._session.setup.num_rounds:
             return
-        if evaluations >= self._stop.patience:
+        target = self._stop.target
+        if target is not None and not self.plan.improves(target, self._best):
+            self.over = f"stopped early after round {done}: {self._metric} has reached {target:.6g}"
+        elif self._stop.patience is not None and evaluations >= self._stop.patience:
             self.over = (
                 f"stopped early after round {done}: {self._metric} has not improved on {best:.6g}, of round "
                 f"{since}, for {evaluations} evaluations"

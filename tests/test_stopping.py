@@ -85,6 +85,16 @@ def test_it_ends_when_the_metric_has_not_improved(losses, tmp_path, patience, mi
     checkpointer.close()
 
 
+def test_it_ends_when_the_metric_is_good_enough(losses):
+    target = (losses[0] + min(losses)) / 2
+    expected = next(number for number, loss in enumerate(losses, 1) if loss <= target)
+    assert 1 < expected < len(losses)
+    listener = Listener()
+    result = run(listener=listener, stop=EarlyStopping(None, target=target))
+    assert result.rounds == expected
+    assert listener.said[-1].endswith(f"test/loss has reached {target:.6g}")
+
+
 def test_a_resumed_run_ends_where_one_in_one_piece_does(losses, tmp_path):
     stop = EarlyStopping(4)
     expected, _ = end_of(losses, 4, 0.0)
@@ -114,6 +124,7 @@ def test_a_run_that_does_not_stall_has_all_its_rounds(tmp_path):
     [
         (lambda: EarlyStopping(0), "early_stopping.patience must be a whole number, at least 1"),
         (lambda: EarlyStopping(2.5), "early_stopping.patience must be a whole number"),
+        (lambda: EarlyStopping(None), "early_stopping needs a patience or a target"),
         (lambda: EarlyStopping(2, -1.0), "early_stopping.min_delta must be at least 0"),
         (lambda: EarlyStopping(2, float("nan")), "early_stopping.min_delta must be at least 0"),
         (

@@ -25,7 +25,9 @@ from fedexp import paths
 from fedexp.bindings import near
 from fedexp.errors import UserError
 
-# What a run that has begun leaves in its workdir: all that was in force.
+# What was bound, in a run's workdir.
+RECORD = "config.gin"
+# What a run that has begun leaves there besides: all that was in force.
 OPERATIVE = "operative_config.gin"
 # What Gin raises of a file that it cannot take.
 _GIN_ERRORS = (
@@ -41,11 +43,16 @@ _GIN_ERRORS = (
 _NOT_PART_OF_THE_EXPERIMENT = ("workdir.allow_config_change",)
 
 
-def load(files: Sequence[str], bindings: Sequence[str]) -> None:
+def load(files: Sequence[str], bindings: Sequence[str], imports: Sequence[str] = ()) -> None:
     """Parses gin files and then `--gin_param` bindings, which win.
 
     A file is looked for relative to the current folder first, then among the configs fedexp ships; what a
     file includes, beside that file before. It may also be in a bucket, as s3://bucket/a.gin.
+
+    Args:
+      files: names or paths.
+      bindings: statements.
+      imports: statements for modules that the files need and do not import.
 
     Raises:
       UserError: a missing file, a syntax error, a name nobody knows, with the nearest known one, or a value
@@ -57,6 +64,7 @@ def load(files: Sequence[str], bindings: Sequence[str]) -> None:
     logging.getLogger().addFilter(_is_worth_logging)
     try:
         with bound.recording(), _looking_beside():
+            gin.parse_config(list(imports))
             gin.parse_config_files_and_bindings(list(files), list(bindings))
     except _GIN_ERRORS as error:
         if _is_a_bug_of_an_imported_module(error):
@@ -69,6 +77,25 @@ def load(files: Sequence[str], bindings: Sequence[str]) -> None:
         raise UserError(f"gin: {_one_line(error)}{way_out}") from error
     bound.check_types()
     _check_scopes()
+
+
+def load_from(workdir: paths.PathLike, bindings: Sequence[str]) -> None:
+    """Parses what a run that has begun has in its workdir, and then bindings, which win.
+
+    Raises:
+      UserError: there is no such record, as of a run without Gin; or see `load`.
+    """
+    record, operative = (os.path.join(workdir, name) for name in (RECORD, OPERATIVE))
+    try:
+        lines = paths.read_text(operative).splitlines()
+        there = paths.exists(record)
+    except OSError:
+        lines, there = [], False
+    if not there:
+        raise UserError(
+            f"{workdir} has no {RECORD} and {OPERATIVE}, by which a run of a Gin file can be built again"
+        )
+    load([record], bindings, [line for line in lines if line.startswith(("import ", "from "))])
 
 
 def shipped_configs() -> Path:
@@ -108,7 +135,7 @@ def prepare_workdir(
     Raises:
       UserError: an unwritable folder, or one whose experiment has other bindings, which are listed.
     """
-    record = os.path.join(path, "config.gin")
+    record = os.path.join(path, RECORD)
     is_remote = paths.is_remote(path)
     try:
         if not is_remote:

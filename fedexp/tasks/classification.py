@@ -1,4 +1,4 @@
-"""Classification of one label per example by any Flax (linen) module."""
+"""Classification of one label per example by any Flax module."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import gin
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from fedexp.data.dataset import FederatedDataset
 from fedexp.errors import UserError
@@ -16,11 +15,12 @@ from fedexp.tasks.checks import check_features, check_ids
 from fedexp.tasks.flax_task import Precision, flax_task
 from fedexp.tasks.images import Augment, Preprocess, pictures, scale
 from fedexp.tasks.metrics import accuracy, cross_entropy, top_k_accuracy
+from fedexp.tasks.nnx_functions import Model
 
 
 @gin.configurable
 def classification(
-    model: nn.Module,
+    model: Model,
     num_classes: int = 62,
     metrics: Mapping[str, Metric] | None = None,
     preprocess: Preprocess | None = scale,

@@ -73,8 +73,8 @@ def flax_task(
             f"{name}.compute_dtype must be 'bfloat16' or None, got {compute_dtype!r}; float16 would need "
             "its gradients scaled"
         )
-    model = functions_of(model)
-    kind = model.kind if isinstance(model, NnxFunctions) else type(model)
+    functions: Any = functions_of(model)
+    kind = functions.kind if isinstance(functions, NnxFunctions) else type(functions)
     signature = inspect.signature(kind.__call__)
     accepted = signature.parameters
 
@@ -83,12 +83,12 @@ def flax_task(
         return {option: value for option, value in given.items() if option in accepted}
 
     def first(key: jax.Array, batch: Features) -> tuple[Any, Any]:
-        return model.init_with_output(key, *inputs(batch, None), **options(train=False))
+        return functions.init_with_output(key, *inputs(batch, None), **options(train=False))
 
     def init(key: jax.Array, batch: Features) -> PyTree:
         args = jax.eval_shape(lambda batch: inputs(batch, None), batch)
         try:
-            signature.bind(model, *args, **options(train=False))
+            signature.bind(functions, *args, **options(train=False))
         except TypeError as error:
             raise UserError(
                 f"{kind.__name__}.__call__: {error}; {name} gives it {len(args)} input(s), and a bool "
@@ -112,7 +112,7 @@ def flax_task(
         training = key is not None
         args = inputs(batch, derive(key, Stream.AUGMENT) if training else None)
         trained, args = _cast((trained, args), compute_dtype)
-        outputs, new = model.apply(
+        outputs, new = functions.apply(
             {"params": trained, **old},
             *args,
             rngs={"dropout": derive(key, Stream.DROPOUT)} if training else None,

@@ -1,4 +1,4 @@
-"""Next-token prediction by any Flax (linen) module."""
+"""Next-token prediction by any Flax module."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from fedexp.data.dataset import FederatedDataset
 from fedexp.errors import UserError
 from fedexp.tasks.base import Features, Measure, Metric, Task
 from fedexp.tasks.checks import CHECKED_ROWS, check_features, check_ids
 from fedexp.tasks.flax_task import Precision, flax_task
+from fedexp.tasks.nnx_functions import Model, name_of
 
 _PAD = 0
 
 
 @gin.configurable
 def next_token(
-    model: nn.Module,
+    model: Model,
     vocab_size: int | None = None,
     oov: int | None = None,
     bos: int | None = None,
@@ -68,7 +68,7 @@ def next_token(
     """
     vocab_size = getattr(model, "vocab_size", None) if vocab_size is None else vocab_size
     if vocab_size is None:
-        raise UserError(f"set next_token.vocab_size; {type(model).__name__} has no such attribute")
+        raise UserError(f"set next_token.vocab_size; {name_of(model)} has no such attribute")
     last = (vocab_size - 3, vocab_size - 2, vocab_size - 1)
     oov, bos, eos = (
         default if given is None else given

@@ -5,17 +5,17 @@ from __future__ import annotations
 import gin
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from fedexp.tasks.base import Features, Measure, Task
 from fedexp.tasks.checks import check_features
 from fedexp.tasks.flax_task import Precision, flax_task
 from fedexp.tasks.images import Preprocess, pictures, scale
+from fedexp.tasks.nnx_functions import Model
 
 
 @gin.configurable
 def reconstruction(
-    model: nn.Module,
+    model: Model,
     preprocess: Preprocess | None = scale,
     sum_loss: bool = False,
     compute_dtype: Precision = None,

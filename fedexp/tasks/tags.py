@@ -12,11 +12,12 @@ from fedexp.errors import UserError
 from fedexp.tasks.base import Features, Measure, Metric, Task
 from fedexp.tasks.checks import CHECKED_ROWS, check_features, check_ids
 from fedexp.tasks.flax_task import Precision, flax_task
+from fedexp.tasks.nnx_functions import Model, name_of
 
 
 @gin.configurable
 def tag_prediction(
-    model: nn.Module,
+    model: Model,
     vocab_size: int | None = None,
     num_tags: int | None = None,
     recall_at: int = 5,
@@ -77,10 +78,10 @@ def tag_prediction(
     )
 
 
-def _number(model: nn.Module, name: str, given: int | None) -> int:
+def _number(model: Model, name: str, given: int | None) -> int:
     number = getattr(model, name, None) if given is None else given
     if number is None:
-        raise UserError(f"set tag_prediction.{name}; {type(model).__name__} has no such attribute")
+        raise UserError(f"set tag_prediction.{name}; {name_of(model)} has no such attribute")
     return number
 
 

@@ -1,4 +1,4 @@
-"""Records rounds with JAX's profiler; TensorBoard shows where their time goes (docs/performance.md)."""
+"""Records rounds with JAX's profiler; TensorBoard shows where their time goes (docs/profiling.md)."""
 
 from __future__ import annotations
 

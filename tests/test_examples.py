@@ -1,4 +1,4 @@
-"""The examples of the README, run as a reader would run them."""
+"""The examples of the documentation, run as a reader would run them."""
 
 from __future__ import annotations
 
@@ -57,6 +57,9 @@ def test_a_loop_of_ones_own_stops_and_goes_on():
     assert code[code.index("server = ") :] in (REPOSITORY / "docs" / "own_loop.md").read_text()
 
 
-def test_the_readme_shows_the_examples_as_they_are():
-    readme = (REPOSITORY / "README.md").read_text()
-    assert (EXAMPLES / "plain_python.py").read_text() in readme
+def test_the_documentation_shows_the_examples_as_they_are():
+    plain = (EXAMPLES / "plain_python.py").read_text()
+    assert plain in (REPOSITORY / "docs" / "own_loop.md").read_text()
+    own = (EXAMPLES / "my_experiment.py").read_text()
+    algorithm = own[own.index("class ServerState") :]
+    assert algorithm in (REPOSITORY / "docs" / "algorithms.md").read_text()

@@ -1,4 +1,4 @@
-"""The `fedexp` command: the same as `python -m fedexp.main`."""
+"""The `fedexp` command: an experiment, as `python -m fedexp.main`, or a command as `fedexp list`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,27 @@ import os
 import runpy
 import sys
 
+# What a first word stands for: a module, and the arguments that come before the others.
+COMMANDS = {
+    "compare": ["fedexp.compare"],
+    "describe": ["fedexp.reference.terminal", "describe"],
+    "evaluate": ["fedexp.evaluate"],
+    "inspect": ["fedexp.inspect"],
+    "launch": ["fedexp.launch"],
+    "list": ["fedexp.reference.terminal", "list"],
+    "status": ["fedexp.status"],
+    "sweep": ["fedexp.sweep"],
+}
+
 
 def run() -> None:
-    """Runs `fedexp.main`; as with -m, modules of the current folder can be imported."""
+    """Runs a command, or else `fedexp.main`; as with -m, modules of the current folder can be imported."""
     sys.path.insert(0, os.getcwd())
-    runpy.run_module("fedexp.main", run_name="__main__", alter_sys=True)
+    module, first = ["fedexp.main"], sys.argv[1:2]
+    if first and first[0] in COMMANDS:
+        module = COMMANDS[first[0]]
+        sys.argv[1:2] = module[1:]
+    runpy.run_module(module[0], run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

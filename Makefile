@@ -3,8 +3,9 @@ VENV ?= .venv
 PYTHON ?= python3
 WORKDIR ?= runs/quickstart
 BIN := $(VENV)/bin
+export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: quickstart test slow lint clean
+.PHONY: quickstart test slow lint docs links clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m fedexp.main --gin_file=quickstart.gin --workdir=$(WORKDIR)
@@ -20,6 +21,13 @@ lint: $(VENV)/.linted
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
+docs: $(VENV)/.documented
+	$(BIN)/mkdocs build --strict --site-dir site
+
+# Those that lead out of the site; it needs the network.
+links: docs
+	$(BIN)/linkchecker --check-extern site/index.html
+
 $(VENV)/.installed: setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedexp needs Python 3.11 or newer; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
@@ -34,5 +42,9 @@ $(VENV)/.linted: $(VENV)/.tested
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
+$(VENV)/.documented: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info

@@ -1,8 +1,9 @@
-"""Installs fedexp, with the gin configs it ships inside the package."""
+"""Installs fedexp, with the gin configs and the files for clusters that it ships inside the package."""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 PRIVACY = ["dp-accounting>=0.6", "jax-privacy>=2"]
 SWEEPS = ["optuna>=5"]
@@ -35,6 +36,16 @@ TEST = [
     "tensorflow",
 ]
 
+
+class WithoutThinModules(build_py):
+    """Leaves out what lets a checkout have `python -m launch.local`: in the package it is `fedexp.launch`."""
+
+    def find_package_modules(self, package, package_dir):
+        """The modules of a package."""
+        found = super().find_package_modules(package, package_dir)
+        return [] if package == "fedexp.launch_files" else found
+
+
 setup(
     name="fedexp",
     version="0.1.0",
@@ -43,9 +54,18 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["fedexp", "fedexp.*"]), "fedexp.gin_configs"],
-    package_dir={"fedexp.gin_configs": "gin_configs"},
-    package_data={"fedexp": ["py.typed"], "fedexp.gin_configs": ["*.gin", "*/*.gin"]},
+    packages=[
+        *find_packages(include=["fedexp", "fedexp.*"]),
+        "fedexp.gin_configs",
+        "fedexp.launch_files",
+    ],
+    package_dir={"fedexp.gin_configs": "gin_configs", "fedexp.launch_files": "launch"},
+    package_data={
+        "fedexp": ["py.typed"],
+        "fedexp.gin_configs": ["*.gin", "*/*.gin"],
+        "fedexp.launch_files": ["*.sh", "*.yaml"],
+    },
+    cmdclass={"build_py": WithoutThinModules},
     install_requires=[
         "absl-py",
         "filelock>=4",
@@ -69,6 +89,7 @@ setup(
     ],
     extras_require={
         "cluster": CLUSTER,
+        "docs": ["jupytext", "linkchecker", "mkdocs-material>=9.8"],
         "gcs": ["gcsfs"],
         "huggingface": HUGGINGFACE,
         "mlflow": ["mlflow>=3"],

@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax import lax
 
 from fedexp.models import layers
+from fedexp.models.emnist import EmnistCNN
 from fedexp.models.layers import Conv, Dropout, convolve, dropout, max_pool_2x2, multiply
 
 CASES = [
@@ -73,19 +74,38 @@ def test_conv_without_bias_and_in_bfloat16():
     np.testing.assert_allclose(y.astype(jnp.float32), expected, atol=0.05)
 
 
-@pytest.mark.parametrize(("strides", "padding"), [((1, 1), "VALID"), ((2, 1), "SAME")])
-def test_on_tpu_a_convolution_is_xlas_own(monkeypatch, strides, padding):
-    x = jax.random.normal(jax.random.key(0), (2, 9, 8, 3))
-    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 4))
+@pytest.mark.parametrize(
+    ("strides", "padding", "width", "features", "kernel_width"),
+    [
+        ((1, 1), "VALID", 8, 4, 3),  # Pairs of columns.
+        ((1, 1), "VALID", 8, 4, 1),
+        ((1, 1), "VALID", 8, 4, 2),
+        ((1, 1), "VALID", 9, 4, 3),
+        ((1, 1), "VALID", 8, 65, 3),
+        ((2, 1), "SAME", 8, 4, 3),
+    ],
+)
+def test_on_tpu_a_convolution_is_xlas_own(
+    monkeypatch, strides, padding, width, features, kernel_width
+):
+    x, kernel = normal(0, 2, 9, width, 3), normal(1, 3, kernel_width, 3, features)
+    plain = nn.Conv(features, (3, kernel_width), strides, padding, use_bias=False)
 
     def run(x, kernel):
         return convolve(x, kernel, strides=strides, padding=padding)
 
-    expected = run(x, kernel)
-    assert "convolution" not in jax.jit(run).lower(x, kernel).as_text()
+    expected, pull_expected = jax.vjp(
+        lambda x, kernel: plain.apply({"params": {"kernel": kernel}}, x), x, kernel
+    )
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert "convolution" in jax.jit(lambda *args: run(*args)).lower(x, kernel).as_text()
-    np.testing.assert_allclose(run(x, kernel), expected, rtol=1e-4, atol=1e-5)
+    assert "dot_general" not in (program := jax.jit(run).lower(x, kernel).as_text())
+    paired = (width, features, kernel_width, padding) in ((8, 4, 3, "VALID"), (8, 4, 1, "VALID"))
+    assert (f"x{2 * features}xf32" in program) == paired
+    y, pull = jax.vjp(run, x, kernel)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    close(y, expected)
+    g = normal(2, *y.shape)
+    jax.tree.map(close, pull(g), pull_expected(g))
 
 
 def test_winograd_is_nearly_as_accurate_as_a_direct_convolution():
@@ -137,8 +157,10 @@ def test_unused_input_gradient_costs_nothing():
     assert flops(0) < 0.75 * flops((0, 1))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "tpu"])
 @pytest.mark.parametrize("shape", [(2, 6, 8, 3), (2, 7, 5, 3)])
-def test_max_pool_is_nn_max_pool(shape):
+def test_max_pool_is_nn_max_pool(monkeypatch, shape, backend):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     x = normal(0, *shape)
     pool = lambda x: nn.max_pool(x, (2, 2), (2, 2))  # noqa: E731
     y, pullback = jax.vjp(max_pool_2x2, x)
@@ -171,6 +193,33 @@ def test_max_pool_ties_share_the_gradient():
     np.testing.assert_array_equal(gradient[0, :, :, 0], [[2, 2], [0, 2]])
     direction = jnp.array([[3.0, 6.0], [5.0, 9.0]]).reshape(1, 2, 2, 1)
     np.testing.assert_allclose(jax.jvp(max_pool_2x2, (x,), (direction,))[1].item(), 6, rtol=1e-6)
+
+
+def test_on_tpu_a_nan_stays_and_one_of_a_tie_has_its_gradient(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    for place in np.ndindex(2, 2):
+        x = jnp.zeros((1, 2, 2, 1)).at[0, *place, 0].set(jnp.nan)
+        assert np.isnan(max_pool_2x2(x)).item()
+    (gradient,) = jax.vjp(max_pool_2x2, jnp.ones((1, 2, 2, 1)))[1](jnp.full((1, 1, 1, 1), 6.0))
+    assert sorted(gradient.ravel().tolist()) == [0, 0, 0, 6]
+
+
+def test_on_tpu_ties_on_a_blank_background_train_the_cnn_alike(monkeypatch):
+    """Squares that see the same pixels tie; which of them has the gradient is all one to the parameters."""
+    pixels = np.ones((4, 28, 28, 1), np.float32)
+    pixels[:, 9:17, 6:20] = np.random.default_rng(0).random((4, 8, 14, 1))
+    model = EmnistCNN(10)
+    params = model.init(jax.random.key(0), pixels)
+
+    def gradients(backend):
+        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        loss = lambda p: jax.nn.logsumexp(jnp.asarray(model.apply(p, pixels)) ** 2)  # noqa: E731
+        return jax.jit(jax.grad(loss))(params)
+
+    def compare(ours, expected):
+        np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max())
+
+    jax.tree.map(compare, gradients("tpu"), gradients("gpu"))
 
 
 @pytest.mark.parametrize("rate, kept", [(0.25, 0.75), (0.5, 0.5), (0.1, 230 / 256)])

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedexp import shown
 from fedexp.compiling import jit
 from fedexp.contracts import ClientWork, Pass, Personalisation, RoundOutput, unstepped
 from fedexp.data import Batch, ClientBatching, FederatedDataset, Sample
@@ -18,6 +19,7 @@ from fedexp.engine.engine import Engine
 from fedexp.engine.placement import Placement, one_device
 from fedexp.engine.preparing import Preparer
 from fedexp.engine.runner import Runner
+from fedexp.rates import Rate
 from fedexp.streams import Stream, derive
 from fedexp.tasks import (
     Measure,
@@ -50,6 +52,7 @@ class Evaluation(NamedTuple):
     metrics: dict[str, float]
     per_client: dict[str, np.ndarray]
     confusion: np.ndarray | None = None
+    __repr__ = shown.fields
 
 
 class Domain(NamedTuple):
@@ -154,6 +157,7 @@ class ClientEvaluator:
       number: of the evaluation in the run.
       gain: whether to measure them with the server's parameters, too; see `with_gain`.
       domain: what is measured apart, besides.
+      rates: that `personal` was made with.
 
     Attributes:
       sizes: (clients of the training split,) int64, examples of each that may be measured.
@@ -169,6 +173,7 @@ class ClientEvaluator:
         number: int,
         gain: bool = False,
         domain: Domain | None = None,
+        rates: Sequence[Rate] = (),
     ):
         self._task = task
         self._engine = engine
@@ -196,6 +201,7 @@ class ClientEvaluator:
             root=derive(engine.root, Stream.EVALUATION, number),
             client_ids=engine.data.client_ids,
             client_states=engine.client_states,
+            rates=rates,
             donate=False,
         )
 

@@ -47,7 +47,8 @@ def several(setup: Setup, per_dispatch: int, after: Round | None = None) -> Gene
         if states is not None:
             table = states.gather(clients, places, (len(clients) + 1,))
         jax.block_until_ready(under_way)
-        state, table, *measured = program(round_.state, table, *_arguments(rounds, clients))
+        arguments = (*_arguments(rounds, clients), session.engine.runner.rates)
+        state, table, *measured = program(round_.state, table, *arguments)
         under_way = measured
         if states is not None:
             states.scatter(clients, places, table)
@@ -99,7 +100,7 @@ def _arguments(rounds: Sequence[PreparedRound], clients: np.ndarray) -> tuple[Py
 def _program(engine: Engine) -> Callable[..., tuple[PyTree, ...]]:
     root = jax.random.key_data(engine.root)
 
-    def program(state, table, examples, headers, by_device, rows):
+    def program(state, table, examples, headers, by_device, rows, rates):
         frozen = getattr(state, "frozen", None)
 
         def one(carry, inputs):
@@ -107,7 +108,7 @@ def _program(engine: Engine) -> Callable[..., tuple[PyTree, ...]]:
             header, by_device, rows = inputs
             states = jax.tree.map(lambda leaf: leaf[rows][None], table)
             output, _ = engine.runner.body(
-                state, frozen, header, root, by_device, examples, states, None
+                state, frozen, header, root, by_device, examples, states, None, rates
             )
             if output.client_states is not None:
                 table = jax.tree.map(partial(_written, rows), table, output.client_states)

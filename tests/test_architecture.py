@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fedexp"
 # A room may import from those after its own floor: nothing upwards, and nothing sideways.
 FLOORS = [
-    {"__main__", "reference"},
+    {"__main__", "launch", "reference", "sweep"},
     {"evaluate", "inspect", "sweeps"},
     {"compare", "main", "status"},
     {"report"},
@@ -31,16 +31,16 @@ FLOORS = [
         "progress",
         "hyperparameters",
     },
-    {"aggregators", "mirror", "config", "runtime"},
+    {"aggregators", "mirror", "config", "environment", "runtime"},
     {"bindings"},
     {"promises", "privacy"},
     {"contracts"},
     {"tasks"},
     {"models"},
     {"data"},
-    {"cache", "kept", "pulse", "sole_use"},
-    {"children", "paths", "streams", "compiling", "traffic"},
-    {"errors"},
+    {"cache", "harmless", "kept", "pulse", "sole_use"},
+    {"children", "paths", "rates", "streams", "compiling", "traffic", "waiting"},
+    {"errors", "shown"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 

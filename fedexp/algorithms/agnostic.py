@@ -23,6 +23,7 @@ from fedexp.algorithms.local import (
 )
 from fedexp.contracts import Algorithm, ClientWork, RoundOutput, full_pass
 from fedexp.errors import UserError, check
+from fedexp.rates import Rate
 from fedexp.tasks import Measure, Task, carrying_statistics
 from fedexp.tasks.checks import check_features, check_ids
 
@@ -123,11 +124,13 @@ def agnostic(
         equal, counts = jnp.full(num_domains, 1 / num_domains), jnp.ones((window, num_domains))
         return ServerState(params, equal, counts, opt_state, aggregator.init(params))
 
+    rate = Rate(domain_learning_rate)
+
     def moved(weights, losses):
         if update == "projected":
-            return optax.projections.projection_simplex(weights + domain_learning_rate * losses)
+            return optax.projections.projection_simplex(weights + rate() * losses)
         if update == "exponentiated":
-            return jax.nn.softmax(jnp.log(weights) + domain_learning_rate * losses)
+            return jax.nn.softmax(jnp.log(weights) + rate() * losses)
         return weights
 
     def round_(state, cohort, for_each_client):

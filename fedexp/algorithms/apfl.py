@@ -12,8 +12,10 @@ import optax
 from fedexp.aggregators import Aggregators
 from fedexp.algorithms.fedavg import averaging
 from fedexp.algorithms.local import WeighBy, local_training, training_own
+from fedexp.algorithms.optimizers import sgd_at
 from fedexp.contracts import Algorithm, unstepped
 from fedexp.errors import check
+from fedexp.rates import Rate
 from fedexp.tasks import Task, of_trained
 
 
@@ -64,7 +66,7 @@ def apfl(
     def projected(updates, alpha):
         return optax.tree.sub(optax.tree.clip(optax.tree.add(alpha, updates), 0, 1), alpha)
 
-    of_alpha = optax.chain(optax.sgd(alpha_rate), optax.stateless(projected))
+    of_alpha = optax.chain(sgd_at(Rate(alpha_rate)), optax.stateless(projected))
     optimizer = optax.partition({"v": client_optimizer, "a": of_alpha}, {"v": "v", "alpha": "a"})
     work = training_own(task, local_training(task, client_optimizer, weigh_by), optimizer, mixture)
     algorithm = averaging(task, work, server_optimizer, aggregator, own=first)

@@ -12,8 +12,10 @@ import optax
 from fedexp.aggregators import Aggregators
 from fedexp.algorithms.fedavg import averaging
 from fedexp.algorithms.local import local_training
+from fedexp.algorithms.optimizers import sgd_at
 from fedexp.contracts import Algorithm, Release
 from fedexp.errors import check
+from fedexp.rates import Rate
 from fedexp.tasks import Task, of_trained
 
 
@@ -42,7 +44,7 @@ def fednova(
     """
     rho = 0.0 if momentum is None else momentum
     check((rho >= 0) & (rho < 1), f"fednova.momentum must be in [0, 1), got {momentum}")
-    training = local_training(task, optax.sgd(client_learning_rate, momentum))
+    training = local_training(task, sgd_at(Rate(client_learning_rate), momentum))
 
     def norm(num_steps):
         tau = jnp.maximum(num_steps, 1).astype(jnp.float32)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from fedexp.errors import UserError, check
+from fedexp.rates import Rate
 
 ScalarOrSchedule = float | optax.Schedule
 
@@ -61,9 +62,29 @@ def _checked(optimizer: Callable[..., optax.GradientTransformation], name: str |
             check(value >= 0, f"{full} must not be negative, got {value}{why}")
             limit, wanted = (1, "below 1") if parameter in _DECAYS else (math.inf, "finite")
             check(value < limit, f"{full} must be {wanted}, got {value}")
-        return optimizer(learning_rate, *args, **kwargs)
+        if callable(learning_rate):
+            return optimizer(learning_rate, *args, **kwargs)
+        return at_rate(lambda rate: optimizer(rate, *args, **kwargs), Rate(learning_rate))
 
     return build
+
+
+def at_rate(
+    make: Callable[[Any], optax.GradientTransformation], rate: Rate
+) -> optax.GradientTransformation:
+    """The optimizer that `make` makes of a rate, which compiled rounds take as an argument."""
+    first = make(rate.value)
+
+    def update(updates, state, params=None, **extra):
+        new, state = make(rate()).update(updates, state, params, **extra)
+        return jax.tree.map(lambda u, g: u.astype(g.dtype), new, updates), state
+
+    return type(first)(first.init, update)
+
+
+def sgd_at(rate: Rate, momentum: float | None = None) -> optax.GradientTransformation:
+    """SGD at a rate that an algorithm also has another use for."""
+    return at_rate(lambda value: optax.sgd(value, momentum), rate)
 
 
 def _checked_schedule(schedule: Callable[..., optax.Schedule]):

@@ -13,9 +13,11 @@ from fedexp.aggregators import Aggregators
 from fedexp.algorithms.fedavg import averaging
 from fedexp.algorithms.fine_tuning import fine_tuning
 from fedexp.algorithms.local import WeighBy, local_training
+from fedexp.algorithms.optimizers import sgd_at
 from fedexp.contracts import Algorithm
 from fedexp.data import Batch, ClientBatching
 from fedexp.errors import check
+from fedexp.rates import Rate
 from fedexp.tasks import Task, gradient, of_trained, reparametrised
 
 
@@ -58,21 +60,21 @@ def per_fedavg(
         adaptation_rate > 0, f"per_fedavg.adaptation_rate must be positive, got {adaptation_rate}"
     )
     check(delta > 0, f"per_fedavg.delta must be positive, got {delta}")
-    parts = 2 if first_order else 3
+    parts, rate = 2 if first_order else 3, Rate(adaptation_rate)
 
     def along(step_size):
         return of_trained(lambda w, v: jax.tree.map(lambda w, v: w + step_size * v, w, v))
 
     def adapted(shared):
         grads, _, _ = shared.extra
-        return reparametrised(task, lambda w: along(-adaptation_rate)(w, grads))
+        return reparametrised(task, lambda w: along(-rate())(w, grads))
 
     def direction(shared, w, grads, batch, key):
         _, curving, key = shared.extra
         ahead, behind = (
             gradient(task, along(shift)(w, grads), curving, key)[0] for shift in (delta, -delta)
         )
-        factor = adaptation_rate / (2 * delta)
+        factor = rate() / (2 * delta)
         return jax.tree.map(lambda g, a, b: g - factor * (a - b), grads, ahead, behind)
 
     training = local_training(
@@ -89,7 +91,7 @@ def per_fedavg(
     work = training._replace(step=step)
     algorithm = averaging(task, work, server_optimizer, aggregator)
     one_step = adaptation or ClientBatching(20, local_steps=1)
-    own = fine_tuning(task, optax.sgd(adaptation_rate), one_step)
+    own = fine_tuning(task, sgd_at(rate), one_step)
     return dataclasses.replace(algorithm, personalise=own)
 
 

@@ -15,6 +15,7 @@ from fedexp.algorithms.local import WeighBy, local_training
 from fedexp.contracts import Algorithm, ClientWork
 from fedexp.data import ClientBatching
 from fedexp.errors import check
+from fedexp.rates import Rate
 from fedexp.tasks import Task, of_trained
 
 
@@ -65,9 +66,8 @@ def pfedme(
         return jax.tree.map(lambda g, t, w: g + lambda_ * (t - w), grads, theta, shared.params)
 
     personal = local_training(task, personal_optimizer, weigh_by, direction)
-    towards = of_trained(
-        lambda theta, w: optax.incremental_update(theta, w, client_learning_rate * lambda_)
-    )
+    rate = Rate(client_learning_rate)
+    towards = of_trained(lambda theta, w: optax.incremental_update(theta, w, rate() * lambda_))
 
     def init(shared, client):
         return shared.params, personal.init(shared, client)

@@ -11,8 +11,10 @@ import optax
 from fedexp.aggregators import Aggregators
 from fedexp.algorithms.fedavg import averaging
 from fedexp.algorithms.local import full_loss, local_training, rate_of
+from fedexp.algorithms.optimizers import sgd_at
 from fedexp.contracts import Algorithm, full_pass
 from fedexp.errors import check
+from fedexp.rates import Rate
 from fedexp.tasks import Task, of_trained
 
 
@@ -40,12 +42,13 @@ def q_fedavg(
       UserError: a negative q.
     """
     check(q >= 0, f"q_fedavg.q must not be negative, got {q}")
-    training = local_training(task, optax.sgd(client_learning_rate))
+    rate = Rate(client_learning_rate)
+    training = local_training(task, sgd_at(rate))
 
     def finish(shared, carry, client):
         update, kept = training.finish(shared, carry, client)
         loss = jnp.maximum(client.inputs["loss"], 1e-10)
-        power, scale = loss**q, 1 / (client_learning_rate * rate_of(client))
+        power, scale = loss**q, 1 / (rate() * rate_of(client))
         weight = q * power / loss * (scale * kept.norm) ** 2 + scale * power
         scaled = of_trained(lambda value: optax.tree.scale(power * scale / weight, value))
         return update._replace(value=scaled(update.value), weight=weight), kept

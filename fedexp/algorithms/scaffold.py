@@ -22,8 +22,10 @@ from fedexp.algorithms.local import (
     server_step,
     with_own_extra,
 )
+from fedexp.algorithms.optimizers import sgd_at
 from fedexp.contracts import Algorithm, Cohort, RoundOutput, full_pass
 from fedexp.errors import UserError, check
+from fedexp.rates import Rate
 from fedexp.tasks import Task, carrying_statistics, join_statistics, split_statistics
 
 
@@ -89,7 +91,8 @@ def scaffold(
     def direction(shared, params, grads, batch, key):
         return jax.tree.map(jnp.add, split_statistics(grads)[0], shared.extra)
 
-    training = local_training(task, optax.sgd(client_learning_rate), "uniform", direction)
+    rate = Rate(client_learning_rate)
+    training = local_training(task, sgd_at(rate), "uniform", direction)
 
     def correction(shared, client):
         return jax.tree.map(jnp.subtract, shared.extra, client.state.own.old)
@@ -101,7 +104,7 @@ def scaffold(
         params, statistics = split_statistics(update.value)
         control, renewed = client.state.own
         if option == 2:
-            scale = 1 / (client_learning_rate * rate_of(client) * client.num_steps)
+            scale = 1 / (rate() * rate_of(client) * client.num_steps)
             # c_i+ = c_i - c - (y_i - x) / (K eta_l)
             renewed = jax.tree.map(lambda u, d: -scale * u - d, params, correction(shared, client))
         sent = Sent(params, jax.tree.map(jnp.subtract, renewed, control))

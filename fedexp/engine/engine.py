@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from fedexp.engine.runner import Population, Runner, first_state
 from fedexp.engine.strategy import Strategy
 from fedexp.errors import UserError
 from fedexp.promises import kept_round
+from fedexp.rates import Rate
 from fedexp.streams import Stream, derive
 
 PyTree = Any
@@ -38,12 +39,14 @@ class Engine:
       seed: of the run.
       population: clients that cohorts are drawn from; all if None.
       data: of another engine with the same splits and strategy, to share what is on the devices.
+      rates: that the algorithm was made with, for whose values nothing is compiled.
 
     Attributes:
       data: the clients' examples.
       client_states: what the algorithm keeps for each client; None if nothing.
       preparer: see `Preparer`.
       runner: see `Runner`.
+      rates: the same.
       model_bytes: of the parameters.
     """
 
@@ -59,6 +62,7 @@ class Engine:
         seed: int,
         population: int | None = None,
         data: ClientData | None = None,
+        rates: Sequence[Rate] = (),
     ):
         if isinstance(splits, FederatedDataset):
             splits = {TRAIN: splits}
@@ -70,6 +74,7 @@ class Engine:
         self.strategy = strategy
         self.placement = strategy.placement
         self.seed = seed
+        self.rates = rates
         self.model_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
         self._algorithm = algorithm
         self.data = data or ClientData(splits, self.placement, strategy.packing.resident_bytes())
@@ -96,6 +101,7 @@ class Engine:
             root=self.root,
             client_ids=self.data.client_ids,
             client_states=self.client_states,
+            rates=rates,
         )
 
     def start(self, params: PyTree) -> PyTree:

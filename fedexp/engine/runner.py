@@ -22,6 +22,7 @@ from fedexp.engine.preparing import DeviceInputs, PreparedRound, Preparer
 from fedexp.engine.strategy import Strategy
 from fedexp.errors import UserError
 from fedexp.promises import kept_work, name_of
+from fedexp.rates import Rate, given
 from fedexp.streams import Stream, derive
 from fedexp.traffic import Traffic
 
@@ -52,11 +53,13 @@ class Runner:
       population: whom cohorts are drawn from.
       client_states: taken from and put back into, for this process's clients; None if there are none.
       root: the key that everything random in the rounds derives from.
+      rates: that `round_` asks for, for whose values nothing is compiled.
       donate: whether a call may use up the state it is given.
       client_ids: of the data set, for error messages.
 
     Attributes:
       compilations: programs that calls have had compiled, or fetched from the cache folder.
+      rates: (K,) float32, the values.
       releases: what the server was told of clients in the round that was traced last.
       noise_multiplier: for mechanisms that leave it open, in rounds that are traced from now on.
     """
@@ -71,6 +74,7 @@ class Runner:
         root: jax.Array,
         client_ids: np.ndarray,
         client_states: ClientStates | None = None,
+        rates: Sequence[Rate] = (),
         donate: bool = True,
     ):
         self._strategy = strategy
@@ -82,6 +86,10 @@ class Runner:
         self._client_states = client_states
         self._root = self._placement.replicate(jax.random.key_data(root))
         self._root_type = jax.random.key_impl(root)
+        self._rates = rates
+        self.rates: jax.Array = self._placement.replicate(
+            np.array([rate.value for rate in rates], np.float32)
+        )
         self._compilations = Compilations()
         self.releases: Sequence[Release] = ()
         self.noise_multiplier: float | None = None
@@ -168,7 +176,7 @@ class Runner:
         if self._placement.num_processes > 1:
             notes = self._placement.split(np.full(len(self._placement.local), note, np.int32))
         by_device, examples = prepared.by_device, prepared.examples
-        return state, frozen, header, self._root, by_device, examples, states, notes
+        return state, frozen, header, self._root, by_device, examples, states, notes, self.rates
 
     def _clients_here(self, prepared: PreparedRound) -> tuple[np.ndarray, np.ndarray]:
         """The clients of this process, and their rows among the slots of its devices."""
@@ -206,7 +214,16 @@ class Runner:
             raise
 
     def body(
-        self, state, frozen, header, root, by_device, examples, client_states, notes
+        self,
+        state,
+        frozen,
+        header,
+        root,
+        by_device,
+        examples,
+        client_states,
+        notes,
+        rates=None,
     ) -> tuple[RoundOutput, jax.Array | None]:
         """A round as a pure function, for programs of more than one.
 
@@ -219,6 +236,7 @@ class Runner:
           examples: likewise.
           client_states: (D, S, ...) of the cohort's slots, or None.
           notes: (D,) int32; None for a single process.
+          rates: (K,) float32, the learning rates; what the attribute says if None.
 
         Returns:
           What the round leaves, its state with None for `frozen`; and the highest note.
@@ -250,7 +268,8 @@ class Runner:
             population=self._population.num_clients,
             noise_multiplier=self.noise_multiplier,
         )
-        output = self._round(state, cohort, for_each_client)
+        with given(self._rates, self.rates if rates is None else rates):
+            output = self._round(state, cohort, for_each_client)
         self.releases = tuple(for_each_client.releases)
         output = output._replace(state=with_frozen(output.state))
         return output, None if notes is None else notes.max()

@@ -50,3 +50,4 @@ from fedexp.data.synthetic import synthetic as synthetic
 from fedexp.data.tfrecord import tfrecord as tfrecord
 from fedexp.data.tfrecord import write_tfrecord as write_tfrecord
 from fedexp.data.validation import split_validation as split_validation
+from fedexp.data.words import word_ids as word_ids

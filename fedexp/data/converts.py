@@ -1,9 +1,11 @@
-"""Functions for the `convert` of a feature: they make numbers of text."""
+"""Functions for the `convert` of a feature: they make numbers of labels and of images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
+from typing import Any
 
 import gin
 import numpy as np
@@ -14,22 +16,31 @@ Convert = Callable[[np.ndarray], np.ndarray]
 
 
 @gin.configurable
-def label_ids(names: Sequence[str]) -> Convert:
-    """A `convert` for labels that are text: the place in `names` that each has, int32.
+def label_ids(names: Sequence[Any]) -> Convert:
+    """A `convert` for labels: the place in `names` that each has, int32.
 
     In a gin file: `csv.features = {'y': ('diagnosis', (), 'object', @label_ids())}` with
     `label_ids.names = ['benign', 'malignant']`. It raises UserError for any other label.
     """
-    id_of = {name: i for i, name in enumerate(names)}
+    return _LabelIds(tuple(names))
 
-    def convert(labels: np.ndarray) -> np.ndarray:
-        if unknown := sorted(set(labels.flat) - id_of.keys()):
-            raise UserError(
-                f"the label {unknown[0]!r} is none of {list(names)}; add it to label_ids.names"
-            )
+
+@dataclasses.dataclass(frozen=True)
+class _LabelIds:
+    names: tuple[Any, ...]
+
+    @property
+    def key(self) -> list[str]:
+        return ["label_ids 1", *map(repr, self.names)]
+
+    def __call__(self, labels: np.ndarray) -> np.ndarray:
+        id_of = {name: i for i, name in enumerate(self.names)}
+        for label in labels.flat:
+            if not isinstance(label, Hashable) or label not in id_of:
+                raise UserError(
+                    f"the label {label!r} is none of {list(self.names)}; add it to label_ids.names"
+                )
         return np.array([id_of[label] for label in labels.flat], np.int32).reshape(labels.shape)
-
-    return convert
 
 
 @gin.configurable

@@ -35,7 +35,9 @@ class Feature:
       dtype: dtype in the file, or a family as np.integer; object for strings of variable length.
       convert: maps rows (n, *shape) of one client, or of several, to n rows of the data set, with a
         dtype and a shape that are the same for every client. It raises UserError for values that cannot
-        be; whatever it raises, the reader adds whose they are.
+        be; whatever it raises, the reader adds whose they are. It may have an attribute `key`, JSON that
+        says what it does, so that its result is cached without a `version`; and a method `fit`, which
+        `leaf` and `fedjax_sqlite` call first with the values of every training client.
     """
 
     source: str
@@ -115,6 +117,32 @@ def rows(where: str, feature: Feature, values: np.ndarray) -> np.ndarray:
     if (unfit := values_lib.first_unfit(converted)) is not None:
         raise UserError(f"{where}: {unfit[1]}")
     return converted
+
+
+def fit(
+    features: Mapping[str, Feature], read: Callable[[Mapping[str, Feature]], FederatedDataset]
+) -> None:
+    """Gives the training partition's values to each `convert` that has a method `fit`.
+
+    Args:
+      features: what will be read.
+      read: reads other features of the training partition.
+    """
+
+    def shown(fit: Callable[[np.ndarray], None]) -> Callable[[np.ndarray], np.ndarray]:
+        def convert(values: np.ndarray) -> np.ndarray:
+            fit(values)
+            return np.zeros(len(values), bool)
+
+        return convert
+
+    seen = {
+        name: dataclasses.replace(feature, convert=shown(feature.convert.fit))  # pyright: ignore
+        for name, feature in features.items()
+        if hasattr(feature.convert, "fit")
+    }
+    if seen:
+        read(seen)
 
 
 @contextlib.contextmanager
@@ -198,7 +226,10 @@ def load(
       version: of the `convert` functions.
       **arguments: JSON values, the reader's other arguments.
     """
-    if version is None and any(f.convert is not np.asarray for f in (features or {}).values()):
+    converts = {name: f.convert for name, f in (features or {}).items()}
+    keys = {name: convert.key for name, convert in converts.items() if hasattr(convert, "key")}  # pyright: ignore
+    unknown = [name for name, c in converts.items() if c is not np.asarray and name not in keys]
+    if version is None and unknown:
         return read()
     key = {
         "reader": _VERSION,
@@ -207,6 +238,8 @@ def load(
         "sources": [packed.fingerprint(existing(path)) for path in sources],
         "version": version,
     }
+    if keys:
+        key["converts"] = keys
     return packed.load_or_build(name, key | arguments, read)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import gin
@@ -48,21 +48,27 @@ def leaf(
         `features`. The message names file, user and feature.
     """
     wanted = features_lib.parse(_FEMNIST if features is None else features)
-    train, test = _shards(train_dir), _shards(test_dir)
+    train, test = shards_of(train_dir), shards_of(test_dir)
+
+    def read() -> FederatedSplits:
+        features_lib.fit(wanted, lambda seen: _read(train, seen, drop_empty=drop_empty))
+        return FederatedSplits(
+            *(_read(paths, wanted, drop_empty=drop_empty) for paths in (train, test))
+        )
+
     return features_lib.load(
         "leaf",
         wanted,
         [*train, *test],
-        lambda: FederatedSplits(
-            *(_read(paths, wanted, drop_empty=drop_empty) for paths in (train, test))
-        ),
+        read,
         version=version,
         drop_empty=drop_empty,
         num_train_shards=len(train),
     )
 
 
-def _shards(directory: str) -> list[Path]:
+def shards_of(directory: str) -> list[Path]:
+    """The files of a folder, also of one in a bucket; it raises UserError where there are none."""
     folder = download.local_folder(directory, "*.json")
     if not (paths := sorted(folder.glob("*.json"))):
         raise UserError(f"no *.json files in {folder}; correct the path to LEAF's shards")
@@ -72,22 +78,31 @@ def _shards(directory: str) -> list[Path]:
 def _read(
     paths: list[Path], features: Mapping[str, Feature], *, drop_empty: bool
 ) -> FederatedDataset:
-    clients: dict[str, dict[str, np.ndarray]] = {}
-    shard_of: dict[str, Path] = {}
-    for path in paths:
-        for user, examples in _users(path, features):
-            if user in clients:
-                raise UserError(
-                    f"{path}: client {user!r} is in {shard_of[user].name} too; remove one"
-                )
-            clients[user], shard_of[user] = examples, path
+    clients = {
+        user: {name: _rows(where, feature, data, size) for name, feature in features.items()}
+        for where, user, size, data in users_of(paths)
+    }
     return features_lib.dataset(paths[0].parent, clients, drop_empty)
 
 
-def _users(
-    path: Path, features: Mapping[str, Feature]
-) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """The users of one shard and their rows."""
+def users_of(paths: Sequence[Path]) -> Iterator[tuple[str, str, int, dict[str, list]]]:
+    """Goes through the users of shards: file and user for messages, the user, num_samples, and the data.
+
+    Raises:
+      UserError: another layout, or a user in several shards.
+    """
+    shard_of: dict[str, Path] = {}
+    for path in paths:
+        for user, size, data in _users(path):
+            where = f"{path}: client {user!r}"
+            if user in shard_of:
+                raise UserError(f"{where} is in {shard_of[user].name} too; remove one")
+            shard_of[user] = path
+            yield where, user, size, data
+
+
+def _users(path: Path) -> Iterator[tuple[str, int, dict[str, list]]]:
+    """The users of one shard."""
     try:
         shard = json.loads(path.read_bytes())
         users, sizes, user_data = (shard[key] for key in ("users", "num_samples", "user_data"))
@@ -104,11 +119,10 @@ def _users(
     if unlisted := [user for user, has in has_data.items() if has and user not in sizes]:
         raise UserError(f"{path}: client {unlisted[0]!r} has data but is not one of 'users'")
     for user, size in sizes.items():
-        where = f"{path}: client {user!r}"
         data = user_data.get(user)
         if not isinstance(user, str) or data is None:
-            raise UserError(f"{where} has no entry in 'user_data'; {_LAYOUT}")
-        yield user, {name: _rows(where, feature, data, size) for name, feature in features.items()}
+            raise UserError(f"{path}: client {user!r} has no entry in 'user_data'; {_LAYOUT}")
+        yield user, size, data
 
 
 def _rows(where: str, feature: Feature, data: dict[str, list], size: int) -> np.ndarray:

@@ -30,10 +30,12 @@ _TFF = (
 @gin.configurable
 def fedjax_sqlite(
     train_path: str,
-    test_path: str,
+    test_path: str | None = None,
     features: Features | None = None,
     drop_empty: bool = False,
     version: int | None = None,
+    test_fraction: float = 0.1,
+    seed: int = 0,
 ) -> FederatedSplits:
     """A data set as FedJAX's `SQLiteFederatedDataBuilder` writes it, one file a partition.
 
@@ -43,27 +45,40 @@ def fedjax_sqlite(
 
     Args:
       train_path: SQLite file of the training partition.
-      test_path: SQLite file of the test partition.
+      test_path: SQLite file of the test partition. None takes a part of every client's examples, as for
+        what FedJAX's scripts make of Sent140 and the Cornell movie dialogs.
       features: name -> (source, shape, dtype) or (source, shape, dtype, convert), see
-        `fedexp.data.features`. Arrays of byte strings have the dtype 'object' and need a `convert`.
+        `fedexp.data.features`. Text and byte strings have the dtype 'object' and need a `convert`.
         None reads every feature as it is stored, bfloat16 as float32.
       drop_empty: leave clients without examples out instead of raising.
       version: what the `convert` functions do, as a number to raise when they change; see
         `fedexp.data.features.load`. Where there are any and it is None, every run reads the files.
+      test_fraction: the part, where there is no `test_path`; of a single example there is none.
+      seed: of which examples these are.
 
     Raises:
       UserError: no such file, another layout, damaged data, or values that do not fit `features`.
         The message names file, client and feature.
     """
     wanted = None if features is None else features_lib.parse(features)
-    paths = [features_lib.existing(path) for path in (train_path, test_path)]
+    paths = [features_lib.existing(path) for path in (train_path, test_path) if path is not None]
+    part = {} if len(paths) == 2 else {"test_fraction": test_fraction, "seed": seed}
+
+    def read() -> FederatedSplits:
+        features_lib.fit(wanted or {}, lambda seen: _read_fedjax(paths[0], seen, drop_empty))
+        train, *test = (_read_fedjax(path, wanted, drop_empty) for path in paths)
+        if test:
+            return FederatedSplits(train, *test)
+        return FederatedSplits(*train.split_examples(1 - test_fraction, seed=seed))
+
     return features_lib.load(
         "fedjax_sqlite",
         wanted,
         paths,
-        lambda: FederatedSplits(*(_read_fedjax(path, wanted, drop_empty) for path in paths)),
+        read,
         version=version,
         drop_empty=drop_empty,
+        **part,
     )
 
 
@@ -191,6 +206,8 @@ def _array(code: int, data: bytes) -> np.ndarray:
         if dtype == b"bfloat16":
             widened = np.frombuffer(content, "<u2").astype(np.uint32) << 16
             return widened.view(np.float32).reshape(shape)
+        if dtype.startswith(b"str"):  # How NumPy names text, in bits; it does not parse that.
+            return np.frombuffer(content, f"<U{int(dtype[3:]) // 32}").reshape(shape).astype(object)
         return np.frombuffer(content, dtype.decode()).reshape(shape)
     if code == 4:
         shape, strings = msgpack.unpackb(data, raw=True)

@@ -6,13 +6,13 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from fedexp.errors import UserError
+from fedexp.errors import UserError, check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,19 +70,24 @@ class Vocabulary:
         Returns:
           (len(sentences), length + 1), `dtype`.
         """
-        flat: list[bytes] = []
-        lengths = np.empty(len(sentences), np.int64)
-        for i, sentence in enumerate(sentences):
-            words = sentence.split(b" ", length)[:length]
-            lengths[i] = len(words)
-            flat += words
-        tokens = np.empty((len(sentences), length + 1), self.dtype)
+        return self.framed([s.split(b" ", length)[:length] for s in sentences], length)
+
+    def framed(self, rows: Sequence[Sequence[bytes]], length: int) -> np.ndarray:
+        """The same of sentences that are lists of at most `length` words."""
+        tokens = np.empty((len(rows), length + 1), self.dtype)
         tokens[:, 0] = self.bos
-        ids = map(self.ids.get, flat, itertools.repeat(self.oov))
-        tokens[:, 1:] = fill_rows(ids, lengths, length, self.dtype)
+        tokens[:, 1:] = self.lookup(rows, length)
+        lengths = np.array([len(row) for row in rows], np.int64)
         short = np.flatnonzero(lengths < length)
         tokens[short, lengths[short] + 1] = self.eos
         return tokens
+
+    def lookup(self, rows: Sequence[Sequence[bytes]], length: int) -> np.ndarray:
+        """Words as ids, each row with at most `length` of them and then padding, (len(rows), length)."""
+        lengths = np.array([len(row) for row in rows], np.int64)
+        words = itertools.chain.from_iterable(rows)
+        ids = map(self.ids.get, words, itertools.repeat(self.oov))
+        return fill_rows(ids, lengths, length, self.dtype)
 
 
 def fill_rows(
@@ -126,6 +131,39 @@ def read_word_counts(path: Path, size: int) -> tuple[str, ...]:
                     f"{path}, line {number}: expected a word and its count, got {line.strip()!r}; is "
                     "it the right file?"
                 )
+    return _checked(path, words, size)
+
+
+def choose_words(
+    path: Path | None, size: int, binding: str, count: Callable[[], Mapping[str, int]]
+) -> tuple[str, ...]:
+    """The words of a file, or without one the most frequent ones.
+
+    Args:
+      path: a file whose lines begin with a word, of which the first `size` are taken; lines without any are
+        skipped.
+      size: how many.
+      binding: what says that in a Gin file, for messages.
+      count: counts words where there is no file. Of equally frequent ones those come first that do in the
+        order of their code points.
+
+    Raises:
+      UserError: no such file, fewer words, or a word that comes twice.
+    """
+    if path is None:
+        counts = count()
+        check(
+            len(counts) >= size,
+            f"{binding} is {size}, but there are {len(counts)} different words; bind it to that or less, and "
+            "the model's vocab_size to 4 more",
+        )
+        return tuple(sorted(counts, key=lambda word: (-counts[word], word))[:size])
+    try:
+        with path.open(encoding="utf-8") as file:
+            fields = (line.split(maxsplit=1) for line in file)
+            words = [first for first, *_ in itertools.islice(filter(None, fields), size)]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
     return _checked(path, words, size)
 
 

@@ -15,3 +15,5 @@ from fedexp.models.resnet import ResNet18GroupNorm as ResNet18GroupNorm
 from fedexp.models.tabular import BinaryLogistic as BinaryLogistic
 from fedexp.models.tabular import DenseClassifier as DenseClassifier
 from fedexp.models.tags import TagLogistic as TagLogistic
+from fedexp.models.text import LSTMClassifier as LSTMClassifier
+from fedexp.models.text import word_vectors as word_vectors

@@ -76,6 +76,7 @@ GROUPS = (
             "fedexp.data.noise.",
             "fedexp.data.standardizing.",
             "fedexp.data.validation.",
+            "fedexp.data.words.",
         ],
     ),
     Group(

@@ -8,6 +8,7 @@ from fedexp.data.clock import Clock as Clock
 from fedexp.data.clock import Distribution as Distribution
 from fedexp.data.converts import image_files as image_files
 from fedexp.data.converts import label_ids as label_ids
+from fedexp.data.cornell import cornell_movie_dialogs as cornell_movie_dialogs
 from fedexp.data.csv_files import csv as csv
 from fedexp.data.dataset import Batch as Batch
 from fedexp.data.dataset import FederatedDataset as FederatedDataset

@@ -28,6 +28,7 @@ from fedexp.data.partition import pachinko as pachinko
 from fedexp.data.partition import power_law as power_law
 from fedexp.data.partition import quantiles as quantiles
 from fedexp.data.partition import shards as shards
+from fedexp.data.reddit import reddit as reddit
 from fedexp.data.samplers import SECONDS as SECONDS
 from fedexp.data.samplers import Sample as Sample
 from fedexp.data.samplers import Sampler as Sampler

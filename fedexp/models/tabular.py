@@ -12,6 +12,16 @@ from flax import linen as nn
 from fedexp.models.layers import Dense
 
 
+def _dense(num_outputs: int, x: jax.Array) -> jax.Array:
+    """Maps (B, d) to (B, num_outputs) by a layer of the calling module, which starts as PyTorch's do."""
+    bound = x.shape[1] ** -0.5
+
+    def start(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return Dense(num_outputs, kernel_init=start, bias_init=start)(x)
+
+
 @gin.configurable
 class LinearModel(nn.Module):
     """One linear layer, as for regression or a log hazard.
@@ -28,15 +38,7 @@ class LinearModel(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (B, ...) to (B, num_outputs)."""
-        x = x.reshape(x.shape[0], -1)
-        bound = x.shape[1] ** -0.5
-
-        def start(
-            key: jax.Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32
-        ) -> jax.Array:
-            return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-        return Dense(self.num_outputs, kernel_init=start, bias_init=start)(x)
+        return _dense(self.num_outputs, x.reshape(x.shape[0], -1))
 
 
 @gin.configurable
@@ -49,7 +51,7 @@ class BinaryLogistic(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (B, ...) to logits (B, 2)."""
-        logit = LinearModel()(x)
+        logit = _dense(1, x.reshape(x.shape[0], -1))
         return jnp.concatenate([jnp.zeros_like(logit), logit], axis=1)
 
 

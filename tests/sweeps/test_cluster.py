@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from fedexp import sweep
 from fedexp.errors import UserError
 from fedexp.sweeps import cluster
-from launch import sweep
 
 REPOSITORY = Path(__file__).parent.parent.parent
 PART = cluster.Part((), (), "a.gin", "runs", 1, 1, ".")

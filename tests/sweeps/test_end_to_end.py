@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import sweep
+from fedexp import sweep
 
 REPOSITORY = Path(__file__).parent.parent.parent
 SWEEP = """

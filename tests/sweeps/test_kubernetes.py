@@ -24,7 +24,7 @@ def test_the_job_is_a_sweep_in_the_volume():
     pod = job["spec"]["template"]["spec"]
     (container,), (volume,) = pod["containers"], pod["volumes"]
     assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
-    assert container["command"] == ["python", "-m", "launch.sweep"]
+    assert container["command"] == ["python", "-m", "fedexp.sweep"]
     given = dict(word.split("=", 1) for word in container["args"])
     assert Path(container["volumeMounts"][0]["mountPath"]) in Path(given["--workdir"]).parents
     sweep, _ = description.load(given["--sweep"])

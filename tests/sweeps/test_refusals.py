@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fedexp import paths
+from fedexp import paths, sweep
 from fedexp.sweeps import checking, study
-from launch import sweep
 from tests.sweeps import stub
 from tests.sweeps.test_running import given
 

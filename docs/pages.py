@@ -21,7 +21,7 @@ from fedexp import reference
 ROOT = Path(__file__).parent.parent
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.py"))
 ALWAYS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
-LISTED = {".gin": "python", ".py": "python", ".sh": "bash", ".yaml": "yaml"}
+LISTED = {".gin": "python", ".py": "python", ".sh": "bash", ".toml": "toml", ".yaml": "yaml"}
 TARGET = re.compile(r"(?<=\]\()[^()#\s]+")
 
 

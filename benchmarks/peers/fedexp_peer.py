@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import gin
 import jax
 import numpy as np
-import optax
 from protocol import Job, Trainee, serve
 
 import fedexp.trainer  # noqa: F401  What every user's process imports counts.
 from fedexp import models, runtime, tasks
 from fedexp.algorithms import agnostic, apfl, fedavg, fedprox, hypcluster, mime, scaffold
 from fedexp.contracts import Algorithm
-from fedexp.data import ClientBatching, FederatedDataset
+from fedexp.data import ClientBatching, FederatedDataset, FederatedSplits, fixed
 from fedexp.engine import Engine, auto
+from fedexp.session import Session, Setup
 
 WINDOW = 10  # Rounds of agnostic averaging: a class that none of them meets weighs infinitely.
 # Workloads and classes whose shipped files take a device for each core.
@@ -45,8 +47,9 @@ def build_task(job: Job) -> tasks.Task:
 
 def build_algorithm(job: Job, task: tasks.Task) -> Algorithm:
     """The job's algorithm; its numbers are the same with all peers."""
-    client, server = optax.sgd(job.learning_rate), optax.sgd(1.0)
-    base = optax.sgd(job.learning_rate / 10, 0.9)
+    sgd = gin.get_configurable("optax.sgd")
+    client, server = sgd(job.learning_rate), sgd(1.0)
+    base = sgd(job.learning_rate / 10, 0.9)
     domains = {"domain": "y", "domain_learning_rate": 0.01, "window": WINDOW}
     made = {
         "fedavg": lambda: fedavg(task, client, server),
@@ -64,23 +67,24 @@ def build_algorithm(job: Job, task: tasks.Task) -> Algorithm:
 
 
 def bind(job: Job) -> tuple[tasks.Task, Any, Engine]:
-    """The task, its first parameters and what runs its rounds."""
+    """The task, its first parameters and what runs its rounds, as a run of a Gin file has them."""
     client_ids = np.array([f"client{index}" for index in range(len(job.offsets) - 1)])
     dataset = FederatedDataset(job.features, job.offsets, client_ids)
     task = build_task(job)
     params = task.init(jax.random.key(job.seed), dataset.slice(0, 1))
     if job.workload == "emnist_logistic" and job.algorithm != "hypcluster":
         params = jax.tree.map(np.zeros_like, params)
-    engine = Engine(
-        auto(),
-        build_algorithm(job, task),
-        dataset,
-        ClientBatching(job.batch_size, shuffle=False),
-        params=params,
-        cohort_size=len(job.cohorts[0]),
+    setup = Setup(
+        FederatedSplits(dataset, dataset),
+        dataclasses.replace(task, init=lambda key, batch: params),
+        lambda task: build_algorithm(job, task),
+        sampler=fixed([[int(client) for client in cohort] for cohort in job.cohorts]),
+        batching=ClientBatching(job.batch_size, shuffle=False),
+        strategy=auto(),
+        evaluations=[],
         seed=job.seed,
     )
-    return task, params, engine
+    return task, params, Session(setup).engine
 
 
 def set_up(job: Job) -> Trainee:

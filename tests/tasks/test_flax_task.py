@@ -77,7 +77,9 @@ def dtypes_of_products(jaxpr) -> list[str]:
 
 @pytest.mark.parametrize("name", [*TASKS, *MORE_MODELS])
 def test_all_products_are_of_bfloat16_in_training_and_evaluation(name, monkeypatch):
-    monkeypatch.setattr(sys.modules["fedexp.tasks.flax_task"], "run_once", lambda function, *args: function(*args))
+    monkeypatch.setattr(
+        sys.modules["fedexp.tasks.flax_task"], "run_once", lambda function, *args: function(*args)
+    )
     build, model, options, batch = (TASKS | MORE_MODELS)[name]
     task = build(model, **options, compute_dtype="bfloat16")
     mask = np.ones(len(next(iter(batch.values()))), bool)

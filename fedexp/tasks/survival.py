@@ -5,16 +5,16 @@ from __future__ import annotations
 import gin
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from fedexp.data.dataset import FederatedDataset
 from fedexp.tasks.base import Features, Measure, Task
 from fedexp.tasks.checks import check_features, check_ids
 from fedexp.tasks.flax_task import flax_task
+from fedexp.tasks.nnx_functions import Model
 
 
 @gin.configurable
-def cox(model: nn.Module) -> Task:
+def cox(model: Model) -> Task:
     """The task of ranking subjects by their risk: Cox's proportional hazards model (Cox 1972).
 
     Features: x (B, ...); event (B,), 1 where the event was observed and 0 where the subject was censored;

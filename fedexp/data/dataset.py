@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from fedexp import shown
 from fedexp.data import values
 from fedexp.errors import UserError
 
@@ -51,6 +52,14 @@ class FederatedDataset:
         object.__setattr__(self, "offsets", offsets)
         object.__setattr__(self, "client_ids", client_ids)
         self._validate()
+
+    def __repr__(self) -> str:
+        sizes, features = self.client_sizes, self.features.items()
+        layout = ", ".join(f"{name} {a.dtype.name} {a.shape[1:]}" for name, a in features)
+        return (
+            f"FederatedDataset({self.num_clients} clients, {self.num_examples} examples, "
+            f"{sizes.min()} to {sizes.max()} a client: {shown.cut(layout)})"
+        )
 
     def _validate(self) -> None:
         if not self.features:
@@ -336,6 +345,7 @@ class Batch(NamedTuple):
 
     examples: Mapping[str, Any]
     mask: Any
+    __repr__ = shown.fields
 
 
 class _Splits(NamedTuple):
@@ -359,6 +369,7 @@ class FederatedSplits(_Splits):
     """
 
     __slots__ = ()
+    __repr__ = shown.fields
 
     def __new__(
         cls,

@@ -1,0 +1,63 @@
+"""How objects that hold arrays are shown: names, sizes and dtypes, never the numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_WIDTH = 100
+_MOST = 6  # Entries of a mapping or a sequence.
+
+
+def fields(value: Any) -> str:
+    """A dataclass or named tuple, a line for each field; a class takes it as its `__repr__`."""
+    names = getattr(value, "_fields", None) or [one.name for one in dataclasses.fields(value)]
+    lines = [f"  {name}: {short(getattr(value, name))}\n" for name in names]
+    return f"{type(value).__name__}(\n{''.join(lines)})"
+
+
+def short(value: Any) -> str:
+    """A value in one line."""
+    leaves = list(_leaves(value))
+    arrays = [one for one in leaves if _is_array(one)]
+    if _is_array(value):
+        text = f"{value.dtype} {tuple(value.shape)}"
+    elif len(arrays) == len(leaves) > _MOST:
+        text = f"{sum(one.size for one in arrays)} numbers in {len(arrays)} arrays"
+    elif isinstance(value, Mapping):
+        text = f"{{{_several([f'{name!r}: {short(one)}' for name, one in value.items()])}}}"
+    elif type(value) in (list, tuple):
+        text = f"[{_several(list(map(short, value)))}]"
+    elif isinstance(value, float):
+        text = f"{value:.6g}"
+    else:
+        text = getattr(value, "__qualname__", None) or repr(value)
+        if " at 0x" in text:  # Functions within, of which nothing can be told.
+            text = type(value).__name__
+    return cut(text)
+
+
+def cut(text: str) -> str:
+    """A text in one line, at most as long as fits a screen."""
+    return textwrap.shorten(text, _WIDTH, placeholder=" ...")
+
+
+def _several(texts: list[str]) -> str:
+    more = len(texts) - _MOST
+    return ", ".join([*texts[:_MOST], *([f"... {more} more"] if more > 0 else [])])
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for one in value:
+            yield from _leaves(one)
+    else:
+        yield value
+
+
+def _is_array(value: Any) -> bool:
+    return all(hasattr(value, name) for name in ("shape", "dtype", "size"))

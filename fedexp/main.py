@@ -1,6 +1,9 @@
 """Runs the experiment that a Gin file describes.
 
 python -m fedexp.main --gin_file=emnist_fedadam.gin --workdir=runs/fedadam --gin_param=train.seed=1
+
+There are also fedexp list, describe, inspect, launch, sweep, status, evaluate, compare and plots, each with
+a --help of its own.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.INFO)
     # Imported here, so that --help and a mistyped flag answer at once.
-    from fedexp import bindings, config, paths, progress, pulse, runtime, trainer
+    from fedexp import bindings, config, environment, paths, progress, pulse, runtime, trainer
     from fedexp.errors import UserError
 
     try:
@@ -58,6 +61,8 @@ def main(argv: Sequence[str]) -> int:
             if _WORKDIR.value:
                 stack.enter_context(trainer.using(_WORKDIR.value))
                 config.prepare_workdir(_WORKDIR.value, write=runtime.is_first())
+                if runtime.is_first():
+                    environment.note(_WORKDIR.value)
                 stack.enter_context(pulse.told_in(_WORKDIR.value if runtime.is_first() else None))
             result = experiment().run(_WORKDIR.value, overrides=_GIN_PARAMS.value)
     except UserError as error:

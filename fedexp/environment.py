@@ -1,0 +1,89 @@
+"""What a run has run on: versions, commits, devices and the command, kept in its workdir."""
+
+from __future__ import annotations
+
+import collections
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import fedexp
+from fedexp import paths
+from fedexp.errors import UserError
+
+NAME = "environment.json"
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+_PATIENCE = 10.0  # Seconds that git is given, as on a slow file system.
+
+
+def note(workdir: str | os.PathLike) -> None:
+    """Adds this start to the list in a workdir's `environment.json`. JAX must have been started.
+
+    Args:
+      workdir: exists; one process of a run notes it.
+
+    Raises:
+      UserError: the workdir cannot be written to.
+    """
+    file = os.path.join(workdir, NAME)
+    try:
+        before = json.loads(paths.read_text(file)) if paths.exists(file) else []
+    except ValueError:  # Somebody else's, or damaged; a run is not to end for it.
+        before = []
+    try:
+        paths.write(file, json.dumps([*before, of_this_process()], indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
+
+
+def of_this_process() -> dict[str, Any]:
+    """What `environment.json` has of a start, see docs/results.md."""
+    package = Path(fedexp.__file__).parent
+    return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": sys.orig_argv,
+        "folder": os.getcwd(),
+        "host": socket.gethostname(),
+        "processes": jax.process_count(),
+        "devices": dict(collections.Counter(device.device_kind for device in jax.devices())),
+        "versions": {
+            "python": platform.python_version(),
+            "fedexp": fedexp.__version__,
+            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        },
+        "commits": {
+            # Installed, it may lie in a checkout of something else.
+            "fedexp": commit(package) if _git(package, "ls-files", "__init__.py") else None,
+            "folder": commit(Path.cwd()),
+        },
+    }
+
+
+def commit(folder: Path) -> str | None:
+    """The commit of a git checkout, with '-dirty' if tracked files have changed; None if it is none."""
+    return _git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git prints; None where there is no git, no checkout, or no answer."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=folder,
+            env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},
+            capture_output=True,
+            text=True,
+            timeout=_PATIENCE,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

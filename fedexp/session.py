@@ -13,7 +13,7 @@ import gin
 import jax
 import numpy as np
 
-from fedexp import evaluation
+from fedexp import evaluation, shown
 from fedexp.algorithms.wrapping import made
 from fedexp.contracts import TRAIN, Algorithm
 from fedexp.data import ClientBatching, FederatedDataset, FederatedSplits, Sample, Sampler, uniform
@@ -27,7 +27,7 @@ from fedexp.tasks import Measure, Task
 PyTree = Any
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Setup:
     """What is trained, on what, and where.
 
@@ -59,6 +59,8 @@ class Setup:
     evaluations: Sequence[Evaluate] = dataclasses.field(default_factory=lambda: [Evaluate()])
     seed: int = 0
     privacy: Privacy | None = dataclasses.field(default_factory=lambda: Privacy())
+
+    __repr__ = shown.fields
 
     def __post_init__(self) -> None:
         if self.num_rounds < 1:
@@ -93,6 +95,9 @@ class Round:
         self.prepared = prepared
         self.waited = waited
         self._output = output
+
+    def __repr__(self) -> str:
+        return f"Round(number={self.number}, params={shown.short(self.params)})"
 
     @property
     def params(self) -> PyTree:

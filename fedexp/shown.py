@@ -14,8 +14,8 @@ _MOST = 6  # Entries of a mapping or a sequence.
 def fields(value: Any) -> str:
     """A dataclass or named tuple, a line for each field; a class takes it as its `__repr__`."""
     names = getattr(value, "_fields", None) or [one.name for one in dataclasses.fields(value)]
-    lines = [f"  {name}: {short(getattr(value, name))}\n" for name in names]
-    return f"{type(value).__name__}(\n{''.join(lines)})"
+    lines = [f"{name}: {_line(getattr(value, name))}\n" for name in names]
+    return f"{type(value).__name__}(\n{textwrap.indent(''.join(lines), '  ')})"
 
 
 def short(value: Any) -> str:
@@ -27,9 +27,13 @@ def short(value: Any) -> str:
     elif len(arrays) == len(leaves) > _MOST:
         text = f"{sum(one.size for one in arrays)} numbers in {len(arrays)} arrays"
     elif isinstance(value, Mapping):
-        text = f"{{{_several([f'{name!r}: {short(one)}' for name, one in value.items()])}}}"
+        shown = [f"{name!r}: {short(one)}" for name, one in value.items()]
+        more = [f"... {len(shown) - _MOST} more"] if len(shown) > _MOST else []
+        text = f"{{{', '.join([*shown[:_MOST], *more])}}}"
+    elif type(value) in (list, tuple) and len(value) > _MOST:
+        text = f"{len(value)} entries, the last {short(value[-1])}"
     elif type(value) in (list, tuple):
-        text = f"[{_several(list(map(short, value)))}]"
+        text = f"[{', '.join(map(short, value))}]"
     elif isinstance(value, float):
         text = f"{value:.6g}"
     else:
@@ -44,9 +48,9 @@ def cut(text: str) -> str:
     return textwrap.shorten(text, _WIDTH, placeholder=" ...")
 
 
-def _several(texts: list[str]) -> str:
-    more = len(texts) - _MOST
-    return ", ".join([*texts[:_MOST], *([f"... {more} more"] if more > 0 else [])])
+def _line(value: Any) -> str:
+    """As `short`, but several lines of what is shown by fields itself."""
+    return repr(value) if type(value).__repr__ is fields else short(value)
 
 
 def _leaves(value: Any) -> Iterator[Any]:

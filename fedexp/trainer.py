@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import gin
 import jax
 
-from fedexp import algorithms, config, models, profiling, runtime, trackers  # noqa: F401  For Gin's names.
+from fedexp import algorithms, config, models, profiling, runtime, shown, trackers  # noqa: F401  For Gin's names.
 from fedexp.checkpointing import CheckpointPlan, Saved, Saver, import_ahead
 from fedexp.evaluation import About
 from fedexp.privacy import Part
@@ -44,6 +44,7 @@ class TrainResult(NamedTuple):
     rounds: int
     stopped_by: int | None
     about: Sequence[About] = ()
+    __repr__ = shown.fields
 
 
 def using(workdir: str | os.PathLike) -> contextlib.AbstractContextManager[None]:
@@ -52,7 +53,7 @@ def using(workdir: str | os.PathLike) -> contextlib.AbstractContextManager[None]
 
 
 @gin.configurable("train")
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Experiment(Setup):
     """A federated training run, `train` in a gin file.
 

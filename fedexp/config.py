@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.util  # noqa: F401  Gin 0.5 uses it without importing it.
+import importlib.util  # Gin 0.5 uses it without importing it.
 import inspect
 import io
 import logging
@@ -43,7 +43,12 @@ _GIN_ERRORS = (
 _NOT_PART_OF_THE_EXPERIMENT = ("workdir.allow_config_change",)
 
 
-def load(files: Sequence[str], bindings: Sequence[str], imports: Sequence[str] = ()) -> None:
+def load(
+    files: Sequence[str],
+    bindings: Sequence[str],
+    imports: Sequence[str] = (),
+    names: str = "fedexp.trainer",
+) -> None:
     """Parses gin files and then `--gin_param` bindings, which win.
 
     A file is looked for relative to the current folder first, then among the configs fedexp ships; what a
@@ -53,11 +58,13 @@ def load(files: Sequence[str], bindings: Sequence[str], imports: Sequence[str] =
       files: names or paths.
       bindings: statements.
       imports: statements for modules that the files need and do not import.
+      names: the module that registers what the files may name; it is imported first.
 
     Raises:
       UserError: a missing file, a syntax error, a name nobody knows, with the nearest known one, or a value
         that its annotation does not admit.
     """
+    importlib.import_module(names)
     if (shipped := str(shipped_configs())) not in gin_config._LOCATION_PREFIXES:
         gin.add_config_file_search_path(shipped)
     gin_config.register_file_reader(_open_remote, _is_remote_file)

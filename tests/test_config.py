@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 
 import gin
 import pytest
@@ -206,3 +208,9 @@ def test_a_workdirs_config_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "config.gin").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=f"{tmp_path}/config.gin is no text"):
         config.prepare_workdir(tmp_path)
+
+
+def test_a_config_is_loaded_where_nothing_else_of_fedexp_was_imported():
+    code = "from fedexp import config; config.load(['quickstart.gin'], []); print(config.as_text())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "train.algorithm = @fedavg" in done.stdout, done.stderr

@@ -91,7 +91,7 @@ def load(name: str) -> tuple[Sweep, str]:
         raise UserError(f"there is no {name}, nor does fedexp ship a sweep of this name: {known}")
     gin.clear_config()
     try:
-        config.load([path], [])
+        config.load([path], [], names=__name__)
         for statement in in_force().values():
             if not statement.key[1].startswith(_OURS):
                 raise UserError(

@@ -3,6 +3,7 @@
     pip install -e '.[tpu]'
     python -m benchmarks.tpu --topology=v2:2x2 --workload=emnist,stackoverflow --strategy=jit,mesh
     python -m benchmarks.tpu --topology=v2:2x2,v5e:2x2,v6e:2x2 --convolutions --lanes=1,4,10,32
+    python -m benchmarks.tpu --topology=v5e:2x2,v5e:2x4,v5e:4x4,v5e:8x8,v2:2x2 --strategy=jit,mesh --scaling
 
 The programs are those that training and evaluation run, server included, compiled by libtpu for the devices
 of a described topology. Nothing is run: all figures are the compiler's ESTIMATES. Loops count by the trips
@@ -15,6 +16,7 @@ import argparse
 import functools
 import itertools
 import json
+import operator
 import os
 import statistics
 import sys
@@ -32,6 +34,7 @@ from flax import linen as nn
 
 from benchmarks import fedjax_announcement as announcement
 from benchmarks.peers.protocol import versions
+from benchmarks.tpu import scaling
 from benchmarks.tpu.costs import ONCE, Chip, Cost, Program, Trips
 from benchmarks.tpu.programs import (
     PLACEMENTS,
@@ -39,7 +42,10 @@ from benchmarks.tpu.programs import (
     as_on_tpu,
     chip_of,
     compiled_round,
+    memory_of,
+    needed_flops,
     session_of,
+    total,
     trips,
 )
 from fedexp.contracts import TRAIN
@@ -54,22 +60,6 @@ EVALUATED = 256  # Examples at once, as evaluations take them on accelerators.
 
 
 # ---- what comes out ----
-
-
-def total(parts: dict[str, Cost]) -> Cost:
-    return functools.reduce(Cost.plus, parts.values(), Cost())
-
-
-def memory_of(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """Bytes that a program takes on a device."""
-    stats: Any = compiled.memory_analysis()
-    parts = {
-        "arguments": stats.argument_size_in_bytes,
-        "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
-        "temporaries": stats.temp_size_in_bytes,
-        "code": stats.generated_code_size_in_bytes,
-    }
-    return parts | {"all": sum(parts.values())}
 
 
 def against_xla(program: Program, compiled: jax.stages.Compiled) -> dict[str, float]:
@@ -90,12 +80,19 @@ def measure(
     seconds_to_compile = time.perf_counter() - begin
     program = Program(compiled.as_text(), chip)
     batch_sizes = engine.preparer.batch_sizes(TRAIN)
-    slowest = []
+    slowest, schedules = [], []
     for prepared in rounds:
-        of_devices = [program.cost(one) for one in trips(prepared, batch_sizes)]
-        slowest.append(max(of_devices, key=lambda parts: total(parts).seconds))
+        of_devices = [(program.cost(one), one) for one in trips(prepared, batch_sizes)]
+        parts, schedule = max(of_devices, key=lambda device: total(device[0]).seconds)
+        slowest.append(parts)
+        schedules.append(schedule)
     mean = Cost(*map(statistics.fmean, zip(*map(total, slowest), strict=True)))
-    floor = max(mean.flops / chip.flops, mean.bytes / chip.bandwidth)
+    of_sizes = needed_flops(session)
+    needed = engine.preparer.lanes * statistics.fmean(
+        one.steps * sum(map(operator.mul, one.shares, of_sizes)) for one in schedules
+    )
+    floor = max(needed / chip.flops, mean.bytes / chip.bandwidth)
+    steps = [program.of_steps(one) for one in schedules]
     evaluation = evaluated(session, chip)
     num_rounds = session.setup.num_rounds
     return {
@@ -107,9 +104,16 @@ def measure(
         "cohorts": cohorts,
         "seconds_to_compile": round(seconds_to_compile, 1),
         "memory": memory_of(compiled) | {"chip": int(chip.memory)},
-        "round": mean._asdict() | {"floor_seconds": floor, "floor_share": floor / mean.seconds},
+        "round": mean._asdict()
+        | {"needed_flops": needed, "floor_seconds": floor, "floor_share": floor / mean.seconds},
         "parts": {
             name: statistics.fmean(parts[name].seconds for parts in slowest) for name in slowest[0]
+        },
+        "steps": {
+            kind: Cost(
+                *map(statistics.fmean, zip(*(one[kind] for one in steps), strict=True))
+            )._asdict()
+            for kind in steps[0]
         },
         "utilisation": statistics.fmean(prepared.utilisation for prepared in rounds),
         "collectives": program.collectives(),
@@ -143,11 +147,17 @@ def patches(x, kernel, *, strides, padding):
     return layers._convolve_patches(x, kernel, strides)
 
 
+def plain(x, kernel, *, strides, padding):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=numbers)
+
+
 FLAX_POOL = functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))
 WAYS = {
-    "patches": (patches, emnist.max_pool_2x2),
-    "lax.conv": (layers.convolve, emnist.max_pool_2x2),
-    "lax.conv, nn.max_pool": (layers.convolve, FLAX_POOL),
+    "patches": (patches, layers._max_pool_sharing),
+    "lax.conv": (plain, layers._max_pool_sharing),
+    "lax.conv, nn.max_pool": (plain, FLAX_POOL),
+    "pairs of columns": (layers.convolve, layers.max_pool_2x2),
 }
 
 
@@ -194,6 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--lanes", type=lanes_of, default=["auto"], help="numbers, or auto")
     add("--cohorts", type=int, default=20, help="over whose schedules the mean is taken")
     add("--convolutions", action="store_true", help="compare ways to write the EMNIST CNN's layers")
+    add("--scaling", action="store_true", help="estimate rounds of EMNIST against devices")
     add("--output", type=Path, default=RESULTS, help="folder")
     arguments = parser.parse_args(argv)
     for option, known in (("workload", WORKLOADS), ("strategy", PLACEMENTS)):
@@ -205,6 +216,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for settings in itertools.product(WAYS, arguments.topology, arguments.lanes):
                     rows = keep(arguments.output, "convolutions", step_of(*settings))
                 show_convolutions(rows)
+                return 0
+            if arguments.scaling:
+                for settings in itertools.product(arguments.topology, arguments.strategy):
+                    rows = keep(arguments.output, "scaling", scaling.measure(*settings))
+                scaling.show(rows)
                 return 0
             for workload in arguments.workload:
                 where = arguments.topology, arguments.strategy, arguments.lanes
@@ -249,7 +265,7 @@ def show(workload: str, rows: list[dict[str, Any]]) -> None:
                 f"{round_['flops'] / 1e9:.0f}",
                 f"{round_['bytes'] / 1e9:.1f}",
                 f"{1e3 * round_['seconds']:.0f} ms",
-                f"{100 * round_['floor_share']:.0f} %",
+                f"{100 * round_['floor_share']:.1f} %",
                 f"{out} outside, {inside} in loops",
                 f"{row['evaluation']['seconds']:.1f} s",
                 announcement.duration(row["whole"]["seconds"]),

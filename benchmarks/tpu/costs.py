@@ -123,9 +123,19 @@ class Program:
     def cost(self, trips: Trips) -> dict[str, Cost]:
         """A device's cost of 'server', what is outside the loops; 'clients', their ends; and 'steps'."""
         parts: dict[str, Cost] = defaultdict(Cost)
-        for depth, cost, times in self._walk(self._entry, trips):
+        for depth, name, times in self._walk(self._entry, trips):
             part = ("server", "clients", "steps")[depth]
-            parts[part] = parts[part].plus(cost, times)
+            parts[part] = parts[part].plus(self._own(name), times)
+        return dict(parts)
+
+    def of_steps(self, trips: Trips) -> dict[str, Cost]:
+        """A device's cost of the steps' instructions, those with 'products' and 'others'."""
+        parts: dict[str, Cost] = defaultdict(Cost)
+        for depth, name, times in self._walk(self._entry, trips):
+            for one in self._computations[name].values() if depth == 2 else ():
+                cost = self._of(name, one)
+                part = "products" if cost.flops else "others"
+                parts[part] = parts[part].plus(cost, times)
         return dict(parts)
 
     def collectives(self) -> dict[str, list[str]]:
@@ -138,8 +148,8 @@ class Program:
         return found
 
     def _walk(self, name: str, trips: Trips, depth: int = 0, times: float = 1):
-        """Yields (loops of the engine around it, own cost, times) of a computation and what it calls."""
-        yield depth, self._own(name), times
+        """Yields (loops of the engine around it, name, times) of a computation and what it calls."""
+        yield depth, name, times
         for one in self._computations[name].values():
             called = _called(one)
             if one.opcode == "while":
@@ -176,14 +186,19 @@ class Program:
     @functools.cache  # noqa: B019  A program is soon forgotten.
     def _own(self, name: str) -> Cost:
         """Of a computation without loops and branches."""
-        flops = cycles = bytes_ = 0.0
-        for one in self._computations[name].values():
-            found = _CYCLES.search(one.text)
-            cycles += int(found[1]) if found else 0
-            flops += self._flops(name, one)
-            bytes_ += self._bytes(name, one)
-        seconds = max(cycles / self._chip.clock, bytes_ / self._chip.bandwidth)
-        return Cost(flops, bytes_, cycles, seconds)
+        costs = (self._of(name, one) for one in self._computations[name].values())
+        cost = functools.reduce(Cost.plus, costs, Cost())
+        return cost._replace(seconds=self._seconds(cost))
+
+    def _of(self, name: str, one: Instruction) -> Cost:
+        """Of an instruction."""
+        found = _CYCLES.search(one.text)
+        cycles = int(found[1]) if found else 0
+        cost = Cost(self._flops(name, one), self._bytes(name, one), cycles)
+        return cost._replace(seconds=self._seconds(cost))
+
+    def _seconds(self, cost: Cost) -> float:
+        return max(cost.cycles / self._chip.clock, cost.bytes / self._chip.bandwidth)
 
     def _flops(self, computation: str, one: Instruction) -> float:
         if one.opcode == "fusion":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -18,7 +19,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import fedexp.trainer  # noqa: F401  Registers what gin files name.
-from benchmarks.tpu.costs import CHIPS, Chip, Trips
+from benchmarks.round_breakdown import product_flops
+from benchmarks.tpu.costs import CHIPS, Chip, Cost, Trips
 from fedexp import config
 from fedexp.contracts import TRAIN
 from fedexp.data import FederatedDataset, FederatedSplits
@@ -27,6 +29,7 @@ from fedexp.engine import Engine, Packing, PreparedRound, Strategy
 from fedexp.engine.placement import Placement, meshed, one_device, pmapped
 from fedexp.errors import UserError
 from fedexp.session import Session, Setup
+from fedexp.tasks import mean_loss
 
 PLACEMENTS = {"jit": one_device, "pmap": pmapped, "mesh": meshed}
 
@@ -149,10 +152,11 @@ WORKLOADS = {
 
 
 @gin.configurable
-def hollow(workload: str) -> FederatedSplits:
-    """Data of a workload's shape and sizes, all zeros, which take no memory."""
+def hollow(workload: str, copies: int = 1) -> FederatedSplits:
+    """Data of a workload's shape and sizes, all zeros, which take no memory; every client so often."""
     parts = []
     for sizes in WORKLOADS[workload].sizes():
+        sizes = np.tile(sizes, copies)
         offsets = np.concatenate([[0], np.cumsum(sizes)])
         features = {
             name: np.broadcast_to(np.zeros((), dtype), (offsets[-1], *shape))
@@ -164,13 +168,17 @@ def hollow(workload: str) -> FederatedSplits:
 
 
 def session_of(
-    workload: str, topology: str, strategy: str, lanes: int | Literal["auto"]
+    workload: str,
+    topology: str,
+    strategy: str,
+    lanes: int | Literal["auto"],
+    bindings: Sequence[str] = (),
 ) -> Session:
     """A workload on the devices of a topology, with examples that fit half a device's memory there."""
     placement, chip = described(topology, strategy), chip_of(topology)
     data = ["train.dataset = @hollow()", f"hollow.workload = {workload!r}"]
     gin.clear_config()
-    config.load([WORKLOADS[workload].gin_file], data)
+    config.load([WORKLOADS[workload].gin_file], [*data, *bindings])
     wanted = {field.name for field in dataclasses.fields(Setup)}
     parts = {name: part for name, part in gin.get_bindings("train").items() if name in wanted}
     packing = Packing(lanes=lanes, max_resident_bytes=int(chip.memory) // 2)
@@ -194,3 +202,40 @@ def trips(prepared: PreparedRound, batch_sizes: Sequence[int]) -> list[Trips]:
         counts = np.bincount(widths[:steps], minlength=len(batch_sizes))
         found.append(Trips(max(int(segments), 1), steps, (counts / max(steps, 1)).tolist()))
     return found
+
+
+# ---- what comes out ----
+
+
+def total(parts: dict[str, Cost]) -> Cost:
+    return functools.reduce(Cost.plus, parts.values(), Cost())
+
+
+def memory_of(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Bytes that a program takes on a device."""
+    stats: Any = compiled.memory_analysis()
+    parts = {
+        "arguments": stats.argument_size_in_bytes,
+        "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "code": stats.generated_code_size_in_bytes,
+    }
+    return parts | {"all": sum(parts.values())}
+
+
+def needed_flops(session: Session) -> list[float]:
+    """Of a step of each compiled batch size: what its products take, without padding."""
+    task, train = session.setup.task, session.splits[TRAIN]
+
+    def of_size(size: int) -> float:
+        batch = {
+            name: jax.ShapeDtypeStruct((size, *array.shape[1:]), array.dtype)
+            for name, array in train.features.items()
+        }
+        mask, key = jax.ShapeDtypeStruct((size,), bool), jax.random.key(0)
+        step = jax.grad(functools.partial(mean_loss, task), has_aux=True)
+        # Where a convolution is a product of patches, and nothing but products counts.
+        with mock.patch.object(jax, "default_backend", lambda: "gpu"):
+            return product_flops(jax.make_jaxpr(step)(session.params, batch, mask, key).jaxpr)
+
+    return [of_size(size) for size in session.engine.preparer.batch_sizes(TRAIN)]

@@ -13,7 +13,15 @@ import pytest
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 from benchmarks.tpu.costs import CHIPS, ONCE, Chip, Program, Trips
-from benchmarks.tpu.programs import as_on_tpu, compiled_round, described
+from benchmarks.tpu.programs import (
+    as_on_tpu,
+    compiled_round,
+    described,
+    needed_flops,
+    session_of,
+    trips,
+)
+from benchmarks.tpu.scaling import busy_devices
 from fedexp.algorithms import fedavg
 from fedexp.data import ClientBatching, FederatedDataset
 from fedexp.engine import Engine, Packing, Strategy
@@ -113,6 +121,14 @@ def test_loops_and_branches_count_by_the_trips_of_the_schedule():
     assert parts["server"].bytes == 2 * 16 * 4
 
 
+def test_instructions_of_steps_are_told_apart_by_products():
+    parts = Program(PROGRAM, CHIP).of_steps(Trips(segments=3, steps=12, shares=[0.25, 0.75]))
+
+    assert parts["products"].cycles == pytest.approx(12 * 0.75 * 5 * 30)
+    assert parts["products"].flops == pytest.approx(12 * 0.75 * 5 * 2 * 4 * 6 * 8)
+    assert (parts["others"].cycles, parts["others"].flops) == (12 * 0.25, 0)
+
+
 def test_a_computation_takes_its_cycles_or_its_bytes():
     parts = Program(PROGRAM, CHIP).cost(Trips(1, 1, [1, 0]))
 
@@ -190,6 +206,20 @@ def program_of(strategy, topology, algorithm, dataset, params, lanes, sample) ->
         )
         compiled = compiled_round(engine, params, engine.prepare(0, sample))
     return Program(compiled.as_text(), CHIPS[topology.partition(":")[0]])
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_trips_of_all_devices_are_those_of_their_schedules():
+    with as_on_tpu():
+        session = session_of("emnist", "v5e:2x2", "mesh", 1, ["uniform.cohort_size = 30"])
+        prepared = session.engine.prepare(0, session.sample(0))
+        of_schedules = trips(prepared, session.engine.preparer.batch_sizes("train"))
+        assert busy_devices(session, prepared) == of_schedules
+        # Two convolutions and two dense layers, forward and for two gradients; of the images there is none.
+        first, second = 26 * 26 * 9 * 32, 24 * 24 * 9 * 32 * 64
+        dense = 12 * 12 * 64 * 128 + 128 * 62
+        assert needed_flops(session) == [2 * 20 * (2 * first + 3 * (second + dense))]
 
 
 @needs_libtpu

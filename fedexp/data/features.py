@@ -37,7 +37,7 @@ class Feature:
         dtype and a shape that are the same for every client. It raises UserError for values that cannot
         be; whatever it raises, the reader adds whose they are. It may have an attribute `key`, JSON that
         says what it does, so that its result is cached without a `version`; and a method `fit`, which
-        `leaf` and `fedjax_sqlite` call first with the values of every training client.
+        `leaf`, `fedjax_sqlite` and tables call first with the values of the training partition.
     """
 
     source: str
@@ -119,9 +119,7 @@ def rows(where: str, feature: Feature, values: np.ndarray) -> np.ndarray:
     return converted
 
 
-def fit(
-    features: Mapping[str, Feature], read: Callable[[Mapping[str, Feature]], FederatedDataset]
-) -> None:
+def fit(features: Mapping[str, Feature], read: Callable[[Mapping[str, Feature]], object]) -> None:
     """Gives the training partition's values to each `convert` that has a method `fit`.
 
     Args:

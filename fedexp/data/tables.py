@@ -108,7 +108,7 @@ class Binding:
         )
         parts = {}
         for name, source in sources.items():
-            examples, marks = self._read(source)
+            examples, marks = self._read(source, fit=name == "train")
             if self.split is None:
                 parts[name] = self._federated(examples, marks)
                 continue
@@ -144,8 +144,8 @@ class Binding:
                 f"{self.reader}.unseen_clients = True",
             )
 
-    def _read(self, source: Source) -> tuple[Examples, dict[str, np.ndarray]]:
-        """The features of every row, and its columns `client` and `split`."""
+    def _read(self, source: Source, fit: bool) -> tuple[Examples, dict[str, np.ndarray]]:
+        """The features of every row, and its columns `client` and `split`; `fit` for the training's table."""
         marks = [name for name in (self.client, self.split) if name is not None]
         specs = {name: _Spec.parse(name, spec) for name, spec in self.features.items()}
         named = {*marks, *(column for spec in specs.values() for column in spec.columns)}
@@ -174,7 +174,10 @@ class Binding:
                     f"{table.cell(odd[0], self.split)}: {splits[odd[0]]!r} is no partition; write 'train', "
                     "'test' or 'validation'"
                 )
-        examples = {name: spec.array(name, table) for name, spec in specs.items()}
+        training = None
+        if fit:
+            training = np.s_[:] if self.split is None else table.columns[self.split] == "train"
+        examples = {name: spec.array(name, table, training) for name, spec in specs.items()}
         return examples, {name: table.columns[name] for name in marks}
 
 
@@ -213,8 +216,8 @@ class _Spec:
         """With `rest`, the columns that nothing names, where all are asked for."""
         return self if self.columns else dataclasses.replace(self, columns=rest)
 
-    def array(self, name: str, table: Table) -> np.ndarray:
-        """The feature, (rows, ...)."""
+    def array(self, name: str, table: Table, training: slice | np.ndarray | None) -> np.ndarray:
+        """The feature, (rows, ...), once its `convert` has seen the rows `training`, if any."""
         check(bool(self.columns), f"feature {name!r}: no columns are left for '*'; {_CORRECT}")
         arrays = [table.columns[column] for column in self.columns]
         feature = self.feature
@@ -236,6 +239,10 @@ class _Spec:
                 f"feature {name!r} has the shape {array.shape[1:]} an example, which cannot be "
                 f"{feature.shape}; {_CORRECT}"
             ) from error
+        if training is not None:
+            features_lib.fit(
+                {name: feature}, lambda f: features_lib.rows(table.where, f[name], array[training])
+            )
         return features_lib.rows(table.where, feature, array)
 
 

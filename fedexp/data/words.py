@@ -39,7 +39,7 @@ def word_ids(
       vocab_size: words that have an id.
       vocabulary: file whose lines begin with a word, of which the first `vocab_size` are taken: a list of
         words, one with counts, or word vectors as GloVe's. None takes the most frequent words of the training
-        partition's file, which `leaf` and `fedjax_sqlite` go through once more for that.
+        partition's file, in `leaf`, `fedjax_sqlite`, `csv`, `parquet` and `huggingface`.
       entry: where an example is a list, as in LEAF's Sent140 (4), which of its entries is the text.
       pattern: regular expression of a word; by default LEAF's, which tells punctuation marks from words.
         r'\\S+' for what spaces separate.

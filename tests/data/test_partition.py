@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedexp.data import partition
@@ -138,6 +138,7 @@ def test_label_dirichlet_shares_out_every_label(alpha):
     np.testing.assert_allclose(covariance / variance, -1 / (num_clients - 1), atol=0.15)
 
 
+@settings(max_examples=40)
 @given(
     labels=st.lists(st.integers(0, 6), min_size=30, max_size=90),
     num_clients=st.integers(1, 5),

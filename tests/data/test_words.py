@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fedexp import config
-from fedexp.data import fedjax_sqlite, label_ids, leaf, word_ids
+from fedexp.data import csv, fedjax_sqlite, label_ids, leaf, word_ids
 from fedexp.errors import UserError
 from fedexp.trainer import Experiment
 
@@ -133,6 +133,20 @@ def test_the_file_of_fedjax_scripts(folder):
     assert sorted(rows) == [([1, 1, 2], 0), ([1, 5, 4], 1), ([5, 5, 5], 0)]
     # "é" comes three times, "ann" twice.
     assert train.features["n"].tolist() == [[2, 1], [3, 1]]
+
+
+def test_tables_with_text(tmp_path):
+    rows = ["ann,train,so so good", "bob,train,good", "ann,test,bad bad bad bad", "bob,test,so"]
+    (tmp_path / "t.csv").write_text("user,part,text\n" + "\n".join(rows))
+    features = {"x": ("text", (), "object", word_ids(3, 2))}
+    splits = csv(str(tmp_path / "t.csv"), features, "user", split="part")
+    assert splits.train.features["x"].tolist() == [[2, 2, 1], [1, 0, 0]]
+    assert splits.test.features["x"].tolist() == [[3, 3, 3], [2, 0, 0]]
+    (tmp_path / "test.csv").write_text("user,text\nann,bad so")
+    (tmp_path / "train.csv").write_text("user,text\nann,so so good")
+    paths = {"path": str(tmp_path / "train.csv"), "test_path": str(tmp_path / "test.csv")}
+    features = {"x": ("text", (), "object", word_ids(3, 2))}
+    assert csv(**paths, features=features, client="user").test.features["x"].tolist() == [[3, 1, 0]]
 
 
 @pytest.mark.parametrize(

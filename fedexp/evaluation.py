@@ -48,6 +48,8 @@ class Evaluate:
       prefix: the group of its metrics; the split's name, with what else tells it apart, if None.
       batch_size: examples a device measures at once; if None, 64 on CPU, where small batches stay in the
         cache, and 256 elsewhere.
+      at_start: whether the initial parameters are measured, too, as round 0. They take no part in the choice
+        of the best checkpoint, nor in early stopping. Of a cohort nothing is measured, as there is none yet.
 
     Raises:
       UserError: a number out of range, or an unknown name.
@@ -63,6 +65,7 @@ class Evaluate:
     num_domains: int | None = None
     prefix: str | None = None
     batch_size: int | None = None
+    at_start: bool = False
 
     def __post_init__(self) -> None:
         known = ("cohort", "held_out", "taking_part")
@@ -111,6 +114,11 @@ class Evaluate:
             f"{name}/{self.domain}{d}" for name in plain for d in range(self.num_domains or 0)
         ]
         return names + spread + domains
+
+    @property
+    def is_due_at_start(self) -> bool:
+        """Whether it takes place before the first round."""
+        return self.at_start and self.clients != "cohort"
 
     def is_due(self, done: int) -> bool:
         """Whether it takes place after `done` rounds, when it is not the end."""

@@ -94,7 +94,10 @@ class Observer:
     """
 
     def begin(self, session: Session, workdir: str | os.PathLike | None, done: int) -> None:
-        """A run begins, or goes on after `done` rounds; everything is built."""
+        """A run begins, or goes on after `done` rounds; everything is built.
+
+        Where `done` is 0, all is told that there is, a first evaluation of round 0 among it.
+        """
 
     def say(self, message: str) -> None:
         """Something in words."""
@@ -149,7 +152,8 @@ class TensorBoard(Observer):
         self._task = task = session.setup.task
         self._measured = {"loss", *task.metrics, *task.derived}
         self._measured.update(*session.metric_names().values())
-        resume_at = dict.fromkeys(("", _TRAIN, *groups, _P10, _P90), done + 1)
+        first_step = done + 1 if done else 0
+        resume_at = dict.fromkeys(("", _TRAIN, *groups, _P10, _P90), first_step)
         seconds = session.sample(max(done - 1, 0)).infos.get(SECONDS)
         if seconds is not None:
             after = int(seconds) + 1 if done else 0
@@ -317,7 +321,7 @@ class JsonLines(Observer):
             return
         path = os.path.join(workdir, self._name)
         kept = []
-        if os.path.exists(path):
+        if done and os.path.exists(path):
             with open(path, encoding="utf-8") as file:
                 lines = [line for line in file if line.endswith("\n")]
             kept = [line for line in lines if json.loads(line)["round"] <= done]
@@ -478,7 +482,7 @@ class Reports:
             **{name: trained[name] for name in names if name in trained},
             **values,
             **{name: float(value) for name, value in said.items()},
-            **(self.totals or {}),
+            **(self.totals or {} if round_.number else {}),
             **spent,
         }
         self._pulse.evaluation(numbers)

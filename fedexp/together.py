@@ -123,6 +123,9 @@ def run_together(
             running.append(one)
         signal = stack.enter_context(runtime.stop_signals(running[0].reports.say))
         round_, stopped_by = seeds.start(start.done, start.state), None
+        at_start = [i for i, e in enumerate(setup.evaluations) if e.is_due_at_start]
+        if at_start and not start.done:
+            _each(running, lambda one: one.evaluate_first(round_, at_start))
         rounds = seeds.rounds(start.done, start.state)
         for round_ in stack.enter_context(contextlib.closing(rounds)):
             _each(running, lambda one: one.reports.catch_up())  # With the round before.
@@ -232,6 +235,11 @@ class _Running:
         """Notes a round that is on its way."""
         self.round = _RoundOfOne(self, round_)
         self.reports.expect(self.round)
+
+    def evaluate_first(self, round_: Sequence[OfSeed], which: Sequence[int]) -> None:
+        """Evaluates before the first round."""
+        self.round = _RoundOfOne(self, round_)
+        self.evaluate(which, last=False)
 
     def evaluate(self, which: Sequence[int], last: bool) -> None:
         """Evaluates after the last round that was caught up with."""

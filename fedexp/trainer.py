@@ -142,6 +142,11 @@ class Experiment(Setup):
                 round_, lambda: signal() or 0, self._recorder(reports, workdir, start.done)
             )
             stack.enter_context(contextlib.closing(rounds))
+            at_start = [i for i, e in enumerate(self.evaluations) if e.is_due_at_start]
+            if at_start and told == 0:
+                results = session.evaluate(session.first, at_start, full=False)
+                first = reports.evaluated(session.first, results)
+                history[:] = [first, *(row for row in history if row["round"])]
             if start.report is not None:
                 reports.tell_again(start.report)
             again = [] if start.report is None else [round_]

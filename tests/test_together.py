@@ -72,11 +72,13 @@ def planned(folder: Path, numbers=NUMBERS, **more) -> list[Trial]:
 
 @pytest.mark.parametrize("make", [adam, with_states])
 def test_each_leaves_what_it_leaves_alone(tmp_path, make):
-    outcomes, stopped_by = run_together(setup(), make, planned(tmp_path), tmp_path / "all")
-    assert stopped_by is None
+    common = {"evaluations": [dataclasses.replace(e, at_start=True) for e in setup().evaluations]}
+    planned_ = planned(tmp_path)
+    outcomes, stopped_by = run_together(setup(**common), make, planned_, tmp_path / "all")
+    assert stopped_by is None and outcomes[0].history[0]["round"] == 0
     for i, numbers in enumerate(NUMBERS):
         alone = tmp_path / f"alone {i}"
-        result = setup(algorithm=make(numbers), observers=[JsonLines()]).run(alone)
+        result = setup(algorithm=make(numbers), observers=[JsonLines()], **common).run(alone)
         close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # noqa: E731
         jax.tree.map(close, outcomes[i].params, result.params)
         expected = json.loads((alone / "final.json").read_text())

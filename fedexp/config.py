@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import re
+import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,13 +18,15 @@ from typing import Any
 from unittest import mock
 
 import gin
+from absl import logging as absl_logging
 from gin import config as gin_config
 
 import fedexp
 from fedexp import bindings as bound
-from fedexp import paths
+from fedexp import kept, paths
 from fedexp.bindings import near
-from fedexp.errors import UserError
+from fedexp.errors import UserError, check
+from fedexp.harmless import Effect, effect
 
 # What was bound, in a run's workdir.
 RECORD = "config.gin"
@@ -132,15 +135,17 @@ def prepare_workdir(
 ) -> None:
     """Makes `path` this experiment's folder, or refuses to mix two experiments in one.
 
-    An experiment that never began to train, for a mistake in its config, does not keep its folder.
+    An experiment that never began to train, for a mistake in its config, does not keep its folder. A run may
+    go on with bindings that cannot change the numbers of its rounds: more rounds, another strategy.
 
     Args:
-      path: created if missing; keeps the bindings in `config.gin`.
+      path: created if missing; keeps the bindings in `config.gin`, and in comments what they were before.
       allow_config_change: go on in the folder of a different experiment, from its checkpoints.
       write: False only compares; of several processes, one writes. All write to a bucket, the same.
 
     Raises:
-      UserError: an unwritable folder, or one whose experiment has other bindings, which are listed.
+      UserError: an unwritable folder, or one whose experiment has other bindings, which are listed, or more
+        rounds behind it than it is to have.
     """
     record = os.path.join(path, RECORD)
     is_remote = paths.is_remote(path)
@@ -152,14 +157,16 @@ def prepare_workdir(
         # A blank record is what a power cut may leave; it says nothing.
         changed = differences(recorded) if recorded.strip() else []
         if changed and not allow_config_change:
-            raise UserError(
-                f"{path} holds a run of another config:\n  "
-                + "\n  ".join(changed)
-                + "\nChoose another --workdir, or go on in this one with "
-                "--gin_param=workdir.allow_config_change=True"
-            )
+            _check_harmless(path, recorded)
+            if write:
+                bits = _effect(recorded) is Effect.LAST_BITS
+                words = "; rounds from here on may have other last bits" if bits else ""
+                absl_logging.info("%s goes on with %s%s", path, ", ".join(changed), words)
         if write or is_remote:  # Only writing tells whether a bucket can be written to.
-            paths.write(record, as_text())
+            comments = [line for line in recorded.splitlines() if line.startswith("#")]
+            now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+            comments += [f"# {now}: {line}" for line in changed]
+            paths.write(record, "".join([as_text(), *(f"{line}\n" for line in comments)]))
     except UnicodeDecodeError as error:
         raise UserError(
             f"{record} is no text, so nobody can tell whose run this is; put back the gin file that it was, "
@@ -167,6 +174,41 @@ def prepare_workdir(
         ) from error
     except OSError as error:
         raise UserError(f"cannot write to --workdir={path}: {error.strerror}") from error
+
+
+def _check_harmless(path: str | os.PathLike, recorded: str) -> None:
+    """Refuses another config than the recorded one where that would make it another run."""
+    if _effect(recorded) is Effect.NUMBERS:
+        raise UserError(
+            f"{path} holds a run of another config:\n  "
+            + "\n  ".join(differences(recorded))
+            + "\nChoose another --workdir, or go on in this one with "
+            "--gin_param=workdir.allow_config_change=True"
+        )
+    train = ("", "fedexp.trainer.train")
+    if "num_rounds" in gin_config._CONFIG.get(train, {}):
+        check_rounds(path, max(kept.rounds(path), default=0), evaluate(train[1], "num_rounds"))
+
+
+def check_rounds(path: str | os.PathLike | None, done: int, num_rounds: int) -> None:
+    """Refuses fewer rounds than a run has done.
+
+    Raises:
+      UserError: there are.
+    """
+    check(
+        done <= num_rounds,
+        f"train.num_rounds is {num_rounds}, but the run in {path} has done {done}: bind as many at least, or "
+        "choose another --workdir",
+    )
+
+
+def _effect(recorded: str) -> Effect:
+    """What the bindings that differ from the recorded ones can change."""
+    before, after = _both(recorded)
+    values = {name: f"{before.get(name, '')} {after.get(name, '')}" for name in before | after}
+    names = (name for name in values if before.get(name) != after.get(name))
+    return max((effect(name, values) for name in names), default=Effect.NONE)
 
 
 def check_overrides_used(overrides: Iterable[str]) -> None:
@@ -190,13 +232,19 @@ def evaluate(selector: str, parameter: str) -> Any:
 
 def differences(recorded: str) -> list[str]:
     """Compares a recorded `as_text()` with the bindings in force, one line per differing binding."""
-    before = dict(line.split(" = ", 1) for line in recorded.splitlines() if " = " in line)
-    after = {name: value for name, value in bindings().items() if _is_experiment(name)}
+    before, after = _both(recorded)
     return [
         f"{name}: {before.get(name, '(unset)')} -> {after.get(name, '(unset)')}"
         for name in sorted(before.keys() | after.keys())
         if before.get(name) != after.get(name)
     ]
+
+
+def _both(recorded: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Bindings as they were recorded, and as they are."""
+    lines = [line for line in recorded.splitlines() if not line.startswith("#")]
+    before = dict(line.split(" = ", 1) for line in lines if " = " in line)
+    return before, {name: value for name, value in bindings().items() if _is_experiment(name)}
 
 
 def as_text() -> str:

@@ -115,6 +115,9 @@ class Observer:
         """The run ends, in whatever way."""
 
 
+# What a run leaves in its workdir once it is over.
+FINAL = "final.json"
+
 # Metric of a round -> the name of its sum over all rounds so far.
 TOTALS = {f"traffic/bits_{way}": f"traffic/total_bits_{way}" for way in ("up", "down")}
 
@@ -405,7 +408,9 @@ class Reports:
         return self._last.saved()
 
     def expect(self, round_: Round) -> None:
-        """Notes a round that is on its way."""
+        """Notes a round that is on its way; with the first one, a run of fewer rounds is no longer over."""
+        if self._workdir is not None and runtime.is_first() and not self._round_seconds:
+            _delete(os.path.join(self._workdir, FINAL))
         self._expected = round_
 
     def tell_again(self, saved: Mapping[str, Any]) -> None:
@@ -516,7 +521,7 @@ class Reports:
             self.say(stopped_early)
         if self._workdir is None or not runtime.is_first():
             return
-        path, account = os.path.join(self._workdir, "final.json"), self._session.account
+        path, account = os.path.join(self._workdir, FINAL), self._session.account
         if not self._round_seconds + self._evaluation_seconds and _tells(path, history):
             return
         final = {
@@ -604,3 +609,10 @@ def _write(path: str, text: str) -> None:
         paths.write(path, text)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; free space there") from error
+
+
+def _delete(path: str) -> None:
+    try:
+        paths.delete(path)
+    except OSError as error:
+        raise UserError(f"cannot delete {path}: {error.strerror}") from error

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedexp import runtime
+from fedexp import config, runtime
 from fedexp.algorithms.trials import trials
 from fedexp.checkpointing import CheckpointPlan, Saved, Saver, import_ahead
 from fedexp.contracts import Algorithm
@@ -112,6 +112,7 @@ def run_together(
         stack.callback(saver.close)
         state = seeds.first_state()
         start = saver.restore(state) or Saved(0, state, [], None)
+        config.check_rounds(workdir, start.done, setup.num_rounds)
         running = []
         for number, trial in enumerate(planned):
             bind(trial)

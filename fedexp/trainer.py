@@ -120,6 +120,7 @@ class Experiment(Setup):
             start = saver.restore(session.first.state) or Saved(
                 0, session.first.state, [], None, totals={}
             )
+            config.check_rounds(workdir, start.done, self.num_rounds)
             round_ = Round(session, start.done, start.state)
             history = start.history
             judge.resume(start)

@@ -1,6 +1,8 @@
 """Hugging Face's data sets, made here by its own library."""
 
+import re
 import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -120,6 +122,15 @@ def test_partitioners_of_flower():
         huggingface(both, FEATURES, partition=ByLabel(7))
     with pytest.raises(UserError, match="huggingface.client and a partition exclude each other"):
         huggingface(both, FEATURES, "user", ByLabel())
+
+
+def test_what_the_documentation_shows_of_flower(capsys):
+    pytest.importorskip("flwr_datasets", reason="it asks for older versions than other packages")
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    found = re.search(r"```python\n(import datasets.*?)```\n\n```text\n(.*?)```", text, re.DOTALL)
+    assert found
+    exec(found[1], {})
+    assert capsys.readouterr().out == found[2]
 
 
 def test_mistakes(tmp_path):

@@ -33,7 +33,7 @@ SECONDS = "seconds.txt"  # What a run took, in its workdir once it is finished.
 def described(name: str) -> dict[str, Any]:
     """A replication as its replication.toml has it: `seeds`, `data`, and lists of `columns` and `rows`."""
     plan = tomllib.loads((HERE / name / "replication.toml").read_text())
-    return {"data": {}, "gin": [], "params": []} | plan
+    return {"data": {}, "gin": []} | plan
 
 
 def gin_files(name: str, plan: dict[str, Any], row: dict[str, Any]) -> list[str]:
@@ -46,7 +46,7 @@ def gin_params(plan: dict[str, Any], row: dict[str, Any], data: str) -> list[str
     """The bindings of a row: where its data are, and what it changes."""
     given = row.get("data", plan["data"])
     found = [f"{name} = {os.path.join(data, path)!r}" for name, path in given.items()]
-    return [*found, *plan["params"], *row.get("params", [])]
+    return [*found, *row.get("params", [])]
 
 
 def train(name: str, only: str, data: str, folder: Path, extra: Sequence[str]) -> None:
@@ -238,11 +238,15 @@ def main() -> None:
     given = parser.parse_args()
     folder = Path(given.workdir) / given.name
     if not given.table:
-        train(given.name, given.only, os.path.abspath(given.data), folder, given.gin_param)
-    kept = HERE / given.name / "results.json"
-    old = json.loads(kept.read_text())["rows"] if kept.exists() else {}
-    new = measured(described(given.name), folder)
-    write(given.name, {"machine": machine.machine(), "rows": old | new})
+        try:
+            train(given.name, given.only, os.path.abspath(given.data), folder, given.gin_param)
+        except subprocess.CalledProcessError as error:
+            sys.exit(error.returncode)
+    plan, kept = described(given.name), HERE / given.name / "results.json"
+    rows = json.loads(kept.read_text())["rows"] if kept.exists() else {}
+    rows |= measured(plan, folder)
+    labels = [row["label"] for row in plan["rows"] if row["label"] in rows]
+    write(given.name, {"machine": machine.machine(), "rows": {name: rows[name] for name in labels}})
 
 
 if __name__ == "__main__":

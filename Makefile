@@ -3,9 +3,12 @@ VENV ?= .venv
 PYTHON ?= python3
 WORKDIR ?= runs/quickstart
 BIN := $(VENV)/bin
+# What brings the accelerator to JAX, an extra of setup.py: cuda, cuda12 or tpu.
+ACCELERATOR ?= cuda
+BENCH ?=
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: quickstart test slow lint docs links clean
+.PHONY: quickstart test slow lint docs links bench-gpu clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m fedexp.main --gin_file=quickstart.gin --workdir=$(WORKDIR)
@@ -28,6 +31,10 @@ docs: $(VENV)/.documented
 links: docs
 	$(BIN)/linkchecker --check-extern site/index.html
 
+# Ten minutes on a GPU or TPU, and one file to send; BENCH has further options.
+bench-gpu: $(VENV)/.$(ACCELERATOR)
+	$(BIN)/python -m benchmarks.gpu $(BENCH)
+
 $(VENV)/.installed: setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedexp needs Python 3.11 or newer; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +51,10 @@ $(VENV)/.linted: $(VENV)/.tested
 
 $(VENV)/.documented: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	touch $@
+
+$(VENV)/.cuda $(VENV)/.cuda12 $(VENV)/.tpu: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(patsubst .%,%,$(notdir $@))]'
 	touch $@
 
 clean:

@@ -15,10 +15,12 @@ import dataclasses
 import datetime
 import functools
 import json
+import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -152,6 +154,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="larger cohorts that would take longer than this are left out, and listed so",
     )
     add("--whole", action="store_true", help="run the whole experiment instead of extrapolating")
+    add(
+        "--seconds",
+        type=float,
+        default=math.inf,
+        help="leave out cohorts that would not be done so many seconds after a strategy's start, and "
+        "the whole experiment if it would take more than half of what is left of them",
+    )
     add("--gin_param", action="append", default=[], help="a binding that overrides the gin file's")
     add("--seed", type=int, default=0)
     add("--add", action="store_true", help="keep what --output has of other strategies")
@@ -208,10 +217,21 @@ def add_to(before: Report, report: Report, path: Path) -> None:
     report["machine"]["load_before"] = max(loads)
 
 
-def in_a_process(strategy: str, argv: Sequence[str]) -> dict[str, Any]:
-    """Measures a strategy in a process of its own, for virtual devices are counted when JAX starts."""
+def in_a_process(
+    strategy: str, argv: Sequence[str], timeout: float | None = None
+) -> dict[str, Any]:
+    """Measures a strategy in a process of its own, for virtual devices are counted when JAX starts.
+
+    Raises:
+      UserError: it failed, or took longer than `timeout` seconds.
+    """
     command = [sys.executable, "-m", MODULE, *argv, f"--measure={strategy}"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=False, timeout=timeout
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{strategy} was not measured within {timeout:.0f} s") from None
     if done.returncode:
         raise UserError(f"{strategy} could not be measured; it says why above")
     return json.loads(done.stdout.splitlines()[-1])
@@ -226,6 +246,7 @@ def measure(strategy: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
     from fedexp import config, runtime, trainer  # noqa: F401  What gin files name registers.
 
+    end = time.monotonic() + arguments.seconds
     workload = WORKLOADS[arguments.workload]
     bindings = [
         f"train.strategy = @{strategy}()",
@@ -244,32 +265,32 @@ def measure(strategy: str, arguments: argparse.Namespace) -> dict[str, Any]:
     dataset, cohort_size = parts["dataset"], parts["sampler"].cohort_size
     experiment = functools.partial(_train, parts)
 
-    def points() -> Iterator[tuple[int, dict[str, Any]]]:
-        last = None
-        for size in sorted({*arguments.clients_per_round, cohort_size}):
-            point = left_out(size, dataset.train.num_clients, last, arguments)
-            if point is None:
-                say(strategy, f"{size} clients a round")
-                point = time_rounds(experiment, dataset, size, arguments.rounds)
-                last = size, point["seconds"]["mean"]
-            yield size, point
+    def point(size: int, last: tuple[int, float] | None, left: float) -> dict[str, Any]:
+        without = left_out(size, dataset.train.num_clients, last, arguments, left)
+        if without is None:
+            say(strategy, f"{size} clients a round")
+        return without or time_rounds(experiment, dataset, size, arguments.rounds)
 
-    curve = dict(points())
-    own = curve[cohort_size]
+    own = point(cohort_size, None, math.inf)
     if "left_out" in own:
-        raise UserError(
-            f"--seconds_a_point leaves out the experiment's own cohort of {cohort_size} clients"
-        )
+        raise UserError(f"cohorts of {cohort_size} clients: {own['left_out']}")
     say(strategy, "full evaluation")
     evaluation = time_evaluation(experiment, dataset, arguments)
     whole = extrapolated(own, evaluation, parts["num_rounds"])
-    if arguments.whole:
+    if arguments.whole and whole["seconds"]["mean"] < (end - time.monotonic()) / 2:
         say(strategy, "whole experiment")
         whole = time_whole(experiment)
+    curve, last = {cohort_size: own}, (cohort_size, own["seconds"]["mean"])
+    for size in sorted({*arguments.clients_per_round} - {cohort_size}):
+        # Each is compiled anew, which takes about as long.
+        left = end - time.monotonic() - own["first_seconds"]
+        curve[size] = point(size, last, left)
+        if "left_out" not in curve[size]:
+            last = size, curve[size]["seconds"]["mean"]
     return {
         "devices": machine.devices(1 if strategy == "jit" else None),
         "cohort_size": cohort_size,
-        "curve": curve,
+        "curve": dict(sorted(curve.items())),
         "evaluation": evaluation,
         "whole": whole,
         "data": {
@@ -280,15 +301,21 @@ def measure(strategy: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def left_out(
-    size: int, population: int, last: tuple[int, float] | None, arguments: argparse.Namespace
+    size: int,
+    population: int,
+    last: tuple[int, float] | None,
+    arguments: argparse.Namespace,
+    left: float = math.inf,
 ) -> dict[str, str] | None:
-    """Why a cohort is not measured; None if it is."""
+    """Why a cohort is not measured, with so many seconds left; None if it is."""
     if size > population:
         return {"left_out": f"the data have {population} clients"}
     if last is not None:
         predicted = last[1] * size / last[0]
         if predicted * (arguments.rounds + 1) > arguments.seconds_a_point:
             return {"left_out": f"a round would take about {predicted:.0f} s"}
+        if predicted * (arguments.rounds + 1) > left:
+            return {"left_out": "no time was left for it"}
     return None
 
 

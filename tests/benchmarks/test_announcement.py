@@ -95,6 +95,8 @@ def test_cohorts_that_are_too_large_or_take_too_long_are_left_out():
     assert announcement.left_out(500, 3400, (50, 1.0), arguments) is None  # 6 rounds of 10 s.
     slow = announcement.left_out(1000, 3400, (50, 1.0), arguments)
     assert slow == {"left_out": "a round would take about 20 s"}
+    late = announcement.left_out(100, 3400, (50, 1.0), arguments, left=11.0)  # It needs 12.
+    assert late == {"left_out": "no time was left for it"}
     assert "20 clients" in announcement.left_out(50, 20, None, arguments)["left_out"]
 
 

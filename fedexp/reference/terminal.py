@@ -69,15 +69,15 @@ def _list(console: Console, words: Sequence[str]) -> None:
         ]
         found = {"Gin files, for --gin_file": rows}
     else:
+        groups = [group for group in GROUPS if words == [group.name]]
+        texts = [] if groups else words
         found = {
             f"{group.title} ({group.name})": [
                 (one.name, one.summary)
                 for one in entries().values()
-                if one.group == group.name
-                and (words == [group.name] or _has(f"{one.name} {one.summary} {one.text}", words))
+                if one.group == group.name and _has(f"{one.name} {one.summary} {one.text}", texts)
             ]
-            for group in GROUPS
-            if not _is_group(words) or words == [group.name]
+            for group in groups or GROUPS
         }
     found = {title: rows for title, rows in found.items() if rows}
     if not found:
@@ -91,10 +91,6 @@ def _list(console: Console, words: Sequence[str]) -> None:
         _print_rows(console, rows, width)
     if not words:
         console.print(f"\n{len(config_files())} Gin files: fedexp list {_CONFIGS}", soft_wrap=True)
-
-
-def _is_group(words: Sequence[str]) -> bool:
-    return len(words) == 1 and any(words[0] == group.name for group in GROUPS)
 
 
 def _has(text: str, words: Iterable[str]) -> bool:

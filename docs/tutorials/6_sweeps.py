@@ -32,9 +32,9 @@ folder = Path(tempfile.mkdtemp())
 
 
 def fedexp(*arguments: str) -> str:
-    """The command `fedexp`, by the Python that runs this notebook; what it prints."""
+    """What the command `fedexp` prints in our folder, by the Python that runs this notebook."""
     command = [sys.executable, "-m", "fedexp", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -77,15 +77,9 @@ server/axis.values = [0.001, 0.03]
 #     fedexp sweep --gin_file=experiment.gin --sweep=sweep.gin --workdir=runs/sweep --vmap_trials=8
 
 # %%
-runs = folder / "sweep"
-printed = fedexp(
-    "sweep",
-    f"--gin_file={folder / 'experiment.gin'}",
-    f"--sweep={folder / 'sweep.gin'}",
-    f"--workdir={runs}",
-    "--vmap_trials=8",
-)
-print(printed)
+sweep = "sweep --gin_file=experiment.gin --sweep=sweep.gin --workdir=runs/sweep --vmap_trials=8"
+print(fedexp(*sweep.split()))
+runs = folder / "runs" / "sweep"
 
 # %% [markdown]
 # A line is a point, with the mean over seeds and its 95 % interval, which two seeds make very wide;
@@ -122,15 +116,8 @@ assert means[best] > max(means[client, 0.001] for client in (0.01, 0.1)) + 0.05
 # and groups what differs in the seed alone.
 
 # %%
-print(
-    fedexp(
-        "compare",
-        str(runs / "trials"),
-        "--metrics=test/accuracy,test/loss",
-        "--sort=test/accuracy",
-        f"--csv={folder / 'runs.csv'}",
-    )
-)
+wanted = "--metrics=test/accuracy,test/loss --sort=test/accuracy --csv=runs.csv"
+print(fedexp("compare", "runs/sweep/trials", *wanted.split()))
 with open(folder / "runs.csv") as file:
     table = list(csv.DictReader(file))
 assert len(table) == 8

@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(arguments: argparse.Namespace, end: float) -> dict[str, Any]:
     """Measures until the time `end`, and writes the file after every part."""
-    accelerator = in_a_process()
+    accelerator = look_for_devices()
     check(
         accelerator["platform"] != "cpu" or arguments.allow_cpu,
         "JAX finds no accelerator here, only CPUs; install its plugin (docs/gpu.md), or measure them with "
@@ -163,14 +163,13 @@ def add(report: dict[str, Any], part: Part, smoke: bool, share: float, left: flo
             "strategies": {},
         },
     )
-    figures.pop("data", None)
     experiment["strategies"][part.strategy] = figures
 
 
 # ---- what it was measured on ----
 
 
-def in_a_process() -> dict[str, Any]:
+def look_for_devices() -> dict[str, Any]:
     """What JAX finds, asked in a process of its own: one that has asked keeps the devices' memory.
 
     Raises:

@@ -19,7 +19,7 @@ CPU = ONE_GPU | {"platform": "cpu", "kind": "cpu"}
 def found(monkeypatch):
     """Says what JAX finds."""
     monkeypatch.setattr(gpu, "nvidia_smi", lambda: ["a GPU, 580.1, 80 GiB, 700 W"])
-    return lambda devices: monkeypatch.setattr(gpu, "in_a_process", lambda: devices)
+    return lambda devices: monkeypatch.setattr(gpu, "look_for_devices", lambda: devices)
 
 
 def test_a_cpu_is_refused_in_one_line(found, tmp_path, capsys):

@@ -177,6 +177,9 @@ def table(plan: dict[str, Any], results: dict[str, Any]) -> str:
             published = row.get("published", {}).get(column["name"], "")
             cells += [published] if is_published(plan, column) else []
             cells += [shown(column, found) if found else "not run"]
+            missed = found and None in found["values"][column["name"]]
+            if missed and is_published(plan, column) and not published:
+                cells[-1] = ""  # It had another target.
         lines.append([*cells, *(_about(found) if found else ["", "", ""])])
     header += ["seeds", "rounds", "seconds a run"]
     rule = [" --- ", *[" ---: "] * (len(header) - 1)]

@@ -494,7 +494,7 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path, split, changed):
 
 
 def test_a_checkpoint_from_before_there_was_more_in_it_is_taken(tmp_path, monkeypatch):
-    save, add, later = Checkpointer.save, Checkpointer.add, {"totals", "data", "spent"}
+    save, add, later = Checkpointer.save, Checkpointer.add, {"totals", "data", "spent", "params"}
 
     def as_before(metadata):
         return {name: value for name, value in metadata.items() if name not in later}

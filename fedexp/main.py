@@ -49,14 +49,17 @@ def main(argv: Sequence[str]) -> int:
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.INFO)
     # Imported here, so that --help and a mistyped flag answer at once.
-    from fedexp import bindings, config, environment, paths, progress, pulse, runtime, trainer
-    from fedexp.errors import UserError
+    from fedexp.waiting import saying
+
+    with saying("loading JAX"):
+        from fedexp import bindings, config, environment, paths, progress, pulse, runtime, trainer
+        from fedexp.errors import UserError
 
     try:
         if not _GIN_FILES.value and not _GIN_PARAMS.value:
             raise UserError(f"--gin_file is missing; fedexp ships {config.shipped_names()}")
         config.load(_GIN_FILES.value, _GIN_PARAMS.value)
-        runtime.start()
+        saying("starting JAX")(runtime.start)()
         with contextlib.ExitStack() as stack:
             if _WORKDIR.value:
                 stack.enter_context(trainer.using(_WORKDIR.value))
@@ -93,6 +96,7 @@ def experiment() -> trainer.Experiment:
       UserError: a mistake in the bindings.
     """
     from fedexp import bindings, config, trainer
+    from fedexp.waiting import saying
 
     bindings.check_required()
     rest = trainer.Experiment(None)  # type: ignore[arg-type]  # By place: Gin would build one of its name.
@@ -102,7 +106,9 @@ def experiment() -> trainer.Experiment:
             make(rest.task)
     bindings.check_read(built=False)
     # Not by `replace`, for which Gin would build all the rest anew.
-    object.__setattr__(rest, "dataset", config.evaluate("fedexp.trainer.train", "dataset"))
+    with saying("reading the data"):
+        dataset = config.evaluate("fedexp.trainer.train", "dataset")
+    object.__setattr__(rest, "dataset", dataset)
     bindings.check_fields(rest)
     return rest
 

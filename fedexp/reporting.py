@@ -23,8 +23,10 @@ from fedexp.evaluation import Evaluation
 from fedexp.pulse import Pulse
 from fedexp.session import Round, Session, row
 from fedexp.summaries import Writer, confusion_image, image_grid
+from fedexp.waiting import saying
 
 PyTree = Any
+_NOBODY = contextlib.nullcontext()
 
 
 class RoundReport(NamedTuple):
@@ -428,8 +430,10 @@ class Reports:
         round_, self._expected = self._expected, None
         if round_ is None:
             return
-        self.note = max(self.note, round_.note)
-        metrics, per_client = round_.metrics, round_.per_client
+        is_first = not self._round_seconds
+        with saying("running the first round", self.say) if is_first else _NOBODY:
+            self.note = max(self.note, round_.note)
+            metrics, per_client = round_.metrics, round_.per_client
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         if not round_.is_finite():

@@ -23,6 +23,7 @@ from fedexp.evaluation import About, Evaluate, Evaluation
 from fedexp.privacy import Account, Part, Privacy, Sampling, opened
 from fedexp.streams import Stream, derive
 from fedexp.tasks import Measure, Task
+from fedexp.waiting import saying
 
 PyTree = Any
 
@@ -199,8 +200,8 @@ class Session:
         if sampler.held_out is not None:
             taking_part -= int(sampler.held_out(splits.train.client_ids).sum())
         key = derive(jax.random.key(seed), Stream.PARAMETERS)
-        self.params = task.init(key, splits.train.slice(0, 1))
-        self.engine = Engine(
+        self.params = saying("making the model")(task.init)(key, splits.train.slice(0, 1))
+        self.engine = saying("placing the data on the devices")(Engine)(
             setup.strategy or auto(),  # It has something to say, and mistakes come alone.
             self.algorithm,
             self.splits,
@@ -211,8 +212,9 @@ class Session:
             population=taking_part,
             data=like.engine.data if like else None,
         )
+        bind = saying("preparing the evaluations")(evaluation.bind)
         self.evaluations = [
-            evaluation.bind(plan, task, self.algorithm, splits, sampler, self.engine, number)
+            bind(plan, task, self.algorithm, splits, sampler, self.engine, number)
             for number, plan in enumerate(setup.evaluations)
         ]
         self.first = Round(self, 0, self.engine.start(self.params))

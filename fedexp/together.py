@@ -26,6 +26,7 @@ from fedexp.reporting import Observer, Reports
 from fedexp.seeds import OfSeed, Seeds
 from fedexp.session import Round, Session, Setup
 from fedexp.trainer import Experiment, using
+from fedexp.waiting import saying_first
 
 PyTree = Any
 # One trial's numbers by name -> its algorithm; the numbers may be tracers.
@@ -128,7 +129,9 @@ def run_together(
         if at_start and not start.done:
             _each(running, lambda one: one.evaluate_first(round_, at_start))
         rounds = seeds.rounds(start.done, start.state)
-        for round_ in stack.enter_context(contextlib.closing(rounds)):
+        stack.enter_context(contextlib.closing(rounds))
+        say = running[0].reports.say
+        for round_ in saying_first(rounds, "compiling the first round", say):
             _each(running, lambda one: one.reports.catch_up())  # With the round before.
             _each(running, lambda one: one.stop_if_asked())
             _each(running, lambda one, round_=round_: one.expect(round_))

@@ -22,6 +22,7 @@ from fedexp.reporting import Observer, Progress, Reports, TensorBoard
 from fedexp.session import Round, Session, Setup
 from fedexp.sole_use import sole_use
 from fedexp.stopping import EarlyStopping, Judge
+from fedexp.waiting import saying, saying_first
 
 PyTree = Any
 
@@ -108,23 +109,26 @@ class Experiment(Setup):
         session = Session(self)
         judge = Judge(session, self.checkpoints, self.stop)
         config.check_overrides_used(overrides)
-        session.check_evaluations()
+        saying("tracing the evaluations")(session.check_evaluations)()
         with contextlib.ExitStack() as stack:
             if workdir is not None:
                 stack.enter_context(using(workdir))
             pulse = Pulse(workdir if runtime.is_first() else None, self.num_rounds)
             stack.enter_context(pulse)
-            fingerprints = {name: part.fingerprint() for name, part in session.splits.items()}
-            saver = Saver(workdir, judge.plan, session.engine.client_states, fingerprints)
-            stack.callback(saver.close)
-            start = saver.restore(session.first.state) or Saved(
-                0, session.first.state, [], None, totals={}
-            )
+            with saying("telling the data from others"):
+                fingerprints = {name: part.fingerprint() for name, part in session.splits.items()}
+            with saying("opening the checkpoints"):
+                saver = Saver(workdir, judge.plan, session.engine.client_states, fingerprints)
+                stack.callback(saver.close)
+                start = saver.restore(session.first.state) or Saved(
+                    0, session.first.state, [], None, totals={}
+                )
             config.check_rounds(workdir, start.done, self.num_rounds)
             round_ = Round(session, start.done, start.state)
             history = start.history
             judge.resume(start)
-            session.open_account(start.done, [Part.restored(part) for part in start.spent])
+            with saying("preparing the first round"):
+                session.open_account(start.done, [Part.restored(part) for part in start.spent])
             # Of a round that was saved before its evaluations, everything is told anew.
             told = start.done - (start.report is not None)
             reports = Reports(
@@ -143,9 +147,11 @@ class Experiment(Setup):
                 round_, lambda: signal() or 0, self._recorder(reports, workdir, start.done)
             )
             stack.enter_context(contextlib.closing(rounds))
+            rounds = saying_first(rounds, "compiling the first round", reports.say)
             at_start = [i for i, e in enumerate(self.evaluations) if e.is_due_at_start]
             if at_start and told == 0:
-                results = session.evaluate(session.first, at_start, full=False)
+                with saying("evaluating the initial parameters", reports.say):
+                    results = session.evaluate(session.first, at_start, full=False)
                 first = reports.evaluated(session.first, results)
                 history[:] = [first, *(row for row in history if row["round"])]
             if start.report is not None:

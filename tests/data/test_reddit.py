@@ -155,7 +155,7 @@ def test_the_experiment_on_comments(folder, run):
     ]
     config.load(["reddit_fedavg.gin"], overrides)
     experiment = Experiment(observers=[])
-    assert experiment.dataset.validation is not None
+    assert [each.split for each in experiment.evaluations] == ["validation", "test"]
     if run:
         result = experiment.run(overrides=overrides)
         assert 0 < result.metrics["test/loss"] < 20

@@ -19,6 +19,7 @@ from fedexp.evaluators import ClientEvaluator as ClientEvaluator
 from fedexp.evaluators import Domain, with_percentiles
 from fedexp.evaluators import Evaluation as Evaluation
 from fedexp.evaluators import Evaluator as Evaluator
+from fedexp.rates import found
 from fedexp.streams import Stream, generator
 from fedexp.tasks import Task
 from fedexp.tasks.checks import check_features, check_ids
@@ -189,7 +190,8 @@ def bind(
             f"evaluate.split is {plan.split!r}, but the data have none; @split_validation() takes one "
             "from the training examples"
         )
-    personal = _personalisation(plan, task, algorithm)
+    with found() as rates:
+        personal = _personalisation(plan, task, algorithm)
     domain = _domain(plan, dataset)
     by_themselves = plan.clients == "cohort" or personal is not None
     of_all, of_some = _whom(
@@ -204,7 +206,15 @@ def bind(
 
     if by_themselves:
         by_client = ClientEvaluator(
-            task, personal, engine, plan.split, plan.batch_size, number, plan.gain, domain
+            task,
+            personal,
+            engine,
+            plan.split,
+            plan.batch_size,
+            number,
+            plan.gain,
+            domain,
+            [*engine.rates, *rates],
         )
         index_of = by_client.index_of(dataset.client_ids)
         _tell_who_is_missing(plan, by_client.sizes, index_of[of_all])

@@ -21,6 +21,7 @@ from fedexp.engine import Engine, PreparedRound, Strategy, auto
 from fedexp.errors import UserError
 from fedexp.evaluation import About, Evaluate, Evaluation
 from fedexp.privacy import Account, Part, Privacy, Sampling, opened
+from fedexp.rates import found
 from fedexp.streams import Stream, derive
 from fedexp.tasks import Measure, Task
 from fedexp.waiting import saying
@@ -188,7 +189,8 @@ class Session:
         self.splits = splits.present()
         for part in self.splits.values():
             task.check(part)
-        self.algorithm = made(setup.algorithm, task, "train.algorithm")
+        with found() as rates:
+            self.algorithm = made(setup.algorithm, task, "train.algorithm")
         names = [plan.name for plan in setup.evaluations]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise UserError(f"two evaluations are called {twice[0]!r}; bind one's evaluate.prefix")
@@ -211,6 +213,7 @@ class Session:
             seed=seed,
             population=taking_part,
             data=like.engine.data if like else None,
+            rates=rates,
         )
         bind = saying("preparing the evaluations")(evaluation.bind)
         self.evaluations = [

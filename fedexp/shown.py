@@ -11,11 +11,11 @@ _WIDTH = 100
 _MOST = 6  # Entries of a mapping or a sequence.
 
 
-def fields(value: Any) -> str:
+def fields(self: Any) -> str:
     """A dataclass or named tuple, a line for each field; a class takes it as its `__repr__`."""
-    names = getattr(value, "_fields", None) or [one.name for one in dataclasses.fields(value)]
-    lines = [f"{name}: {_line(getattr(value, name))}\n" for name in names]
-    return f"{type(value).__name__}(\n{textwrap.indent(''.join(lines), '  ')})"
+    names = getattr(self, "_fields", None) or [one.name for one in dataclasses.fields(self)]
+    lines = [f"{name}: {_line(getattr(self, name))}\n" for name in names]
+    return f"{type(self).__name__}(\n{textwrap.indent(''.join(lines), '  ')})"
 
 
 def short(value: Any) -> str:

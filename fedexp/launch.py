@@ -95,6 +95,7 @@ def launch(command: Sequence[str], processes: int, *, grace: float = 15.0) -> in
             for index in range(processes):
                 child = run.processes[index] = _start(command, address, processes, index)
                 for pipe, sink in ((child.stdout, sys.stdout), (child.stderr, sys.stderr)):
+                    assert pipe is not None  # Which `_start` asks for.
                     relay = _Relay(pipe, sink.fileno(), _prefix(index, sink))
                     selector.register(pipe, selectors.EVENT_READ, relay)
             return _supervise(run, selector, incoming)

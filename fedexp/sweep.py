@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _submit(given: Sequence[Any], options: argparse.Namespace) -> int:
+def _submit(given: tuple[Any, Any, Any, Any], options: argparse.Namespace) -> int:
     """Submits jobs, once a mistake would have been found; waits for those of this machine."""
     from fedexp.sweeps import cluster, command
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,8 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
     """Speed against devices, a curve for every cohort size, a panel for every chip."""
-    chips = sorted({row["topology"].partition(":")[0] for row in rows})
+    counts = Counter(row["topology"].partition(":")[0] for row in rows)
+    chips = sorted(chip for chip, count in counts.items() if count > 1) or sorted(counts)
     figure = Figure(figsize=(5.5 * len(chips), 4.2), layout="constrained")
     for axes, chip in zip(np.ravel(figure.subplots(1, len(chips))), chips, strict=True):
         of_chip = sorted(

@@ -321,6 +321,7 @@ def test_epsilon_is_at_every_evaluation_and_survives_a_resume(tmp_path):
         experiment([mean()], num_rounds=8).run(tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_a_loop_of_ones_own_has_it_and_a_target_is_met():
     privacy = Privacy(epsilon=3.0, delta=1e-2)
     *_, last = experiment(links(None), privacy=privacy, strategy=debug()).rounds()

@@ -95,6 +95,7 @@ def test_it_ends_when_the_metric_is_good_enough(losses):
     assert listener.said[-1].endswith(f"test/loss has reached {target:.6g}")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_where_one_in_one_piece_does(losses, tmp_path):
     stop = EarlyStopping(4)
     expected, _ = end_of(losses, 4, 0.0)

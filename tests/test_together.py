@@ -102,6 +102,7 @@ class Breaking(Observer):
             raise InterruptedError
 
 
+@pytest.mark.slow
 def test_they_go_on_where_they_were(tmp_path):
     whole, _ = run_together(setup(), with_states, planned(tmp_path / "whole"), tmp_path / "all")
     with pytest.raises(InterruptedError):
@@ -142,7 +143,13 @@ def compare_with_alone(outcome, seed, numbers, **changes):
 
 
 # Poisson's cohorts need other shapes for one seed than for another.
-@pytest.mark.parametrize("sampler", [uniform(3), poisson(2.0)], ids=["uniform", "poisson"])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        pytest.param(uniform(3), id="uniform"),
+        pytest.param(poisson(2.0), id="poisson", marks=pytest.mark.slow),
+    ],
+)
 def test_seeds_have_cohorts_and_evaluations_of_their_own(tmp_path, sampler):
     changes = {"sampler": sampler, "evaluations": [Evaluate(every=2, clients=2)]}
     each = [(seed, numbers) for seed in (3, 8) for numbers in NUMBERS[:2]]
@@ -153,6 +160,7 @@ def test_seeds_have_cohorts_and_evaluations_of_their_own(tmp_path, sampler):
     assert outcomes[0].history != outcomes[2].history
 
 
+@pytest.mark.slow
 def test_trials_that_differ_in_the_seed_alone_go_on_where_they_were(tmp_path):
     trials = [Trial({}, seed=seed) for seed in (3, 8)]
     stopping = [trials[0]._replace(observers=[Breaking()]), trials[1]]

@@ -217,6 +217,7 @@ def mlflow(tmp_path, monkeypatch):
     return library
 
 
+@pytest.mark.slow
 def test_mlflow_has_what_json_lines_have_also_after_a_resume(tmp_path, monkeypatch, mlflow):
     client, workdir = mlflow.MlflowClient(), tmp_path / "run"
 

@@ -208,6 +208,7 @@ def test_typed_keys_in_states_are_saved_and_restored(tmp_path, lanes):
     go_on_with_keys(tmp_path, jit(Packing(lanes=lanes)))
 
 
+@pytest.mark.slow
 def test_typed_keys_in_states_are_saved_and_restored_on_two_devices(tmp_path):
     code = f"""
         import jax, pathlib
@@ -543,6 +544,7 @@ def test_an_empty_poisson_cohort_is_a_round_in_which_momentum_goes_on():
     np.testing.assert_allclose(result.params["b"], theta[-1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_over_empty_cohorts_can_be_interrupted_anywhere(tmp_path):
     sampler, ids = poisson(0.6), linear.dataset().client_ids
     sizes = [len(sampler.sample(ids, 0, round_).clients) for round_ in range(12)]

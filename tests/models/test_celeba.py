@@ -3,6 +3,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import linen as nn
 
 from fedexp.models import CelebaCNN
@@ -17,6 +18,7 @@ def test_the_parameter_count_is_that_of_leaf():
     assert sum(p.size for p in jax.tree.leaves(params)) == expected == 31_202
 
 
+@pytest.mark.slow
 def test_it_is_the_same_network_in_plain_flax():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 10, 12, 3)), jnp.float32)
     variables = CelebaCNN(5).init(jax.random.key(1), x)

@@ -111,6 +111,7 @@ def test_a_failed_trial_is_told_in_a_line_and_tried_again(run, tmp_path):
     assert status == 1 and begun(folder) == sorted(3 * ["seed_0 0", "seed_1 0"] + again)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_where_it_was(run, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     slow = "--gin_param=task.pause = 0.1"

@@ -99,6 +99,7 @@ def test_padding_counts_in_a_model_that_takes_no_mask():
     )
 
 
+@pytest.mark.slow
 def test_the_gradient_of_what_is_trained_is_that_of_the_loss():
     real = Batch({name: array[MASK] for name, array in EXAMPLES.items()}, np.ones(4, bool))
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import gin
-import jax
-import jax.numpy as jnp
 
 from fedexp.data.dataset import FederatedDataset
 from fedexp.errors import UserError
-from fedexp.tasks.base import Features, Metric, Task
+from fedexp.tasks.base import Metric, Task
 from fedexp.tasks.checks import check_features, check_ids
 from fedexp.tasks.flax_task import Precision, flax_task
-from fedexp.tasks.images import Augment, Preprocess, pictures, scale
+from fedexp.tasks.images import Augment, Preprocess, inputs, pictures, scale
 from fedexp.tasks.metrics import accuracy, cross_entropy, top_k_accuracy
 from fedexp.tasks.nnx_functions import Model
 
@@ -60,11 +58,6 @@ def classification(
     measured = {"accuracy": accuracy()} if metrics is None else dict(metrics)
     measured |= {f"top{k}_accuracy": top_k_accuracy(k) for k in top_k}
 
-    def inputs(batch: Features, key: jax.Array | None) -> tuple[jax.Array]:
-        x = jnp.asarray(batch["x"])
-        x = x if augment is None else augment(x, key)
-        return (x if preprocess is None else preprocess(x),)
-
     def check(dataset: FederatedDataset) -> None:
         check_features("classification", dataset, {"x": None, "y": 1})
         remedy = "set classification.num_classes (and the model's) to fit"
@@ -73,7 +66,7 @@ def classification(
     return flax_task(
         "classification",
         model,
-        inputs,
+        inputs(preprocess, augment),
         output_shape=lambda x: (x.shape[0], num_classes),
         remedy="set the model's last layer or classification.num_classes",
         compute_dtype=compute_dtype,

@@ -17,6 +17,19 @@ Augment = Callable[[jax.Array, jax.Array | None], jax.Array]
 Preprocess = Callable[[jax.Array], jax.Array]
 
 
+def inputs(
+    preprocess: Preprocess | None, augment: Augment | None
+) -> Callable[[Features, jax.Array | None], tuple[jax.Array]]:
+    """(batch, key) -> the model's only input: feature 'x', changed at random and then decoded."""
+
+    def of(batch: Features, key: jax.Array | None) -> tuple[jax.Array]:
+        x = jnp.asarray(batch["x"])
+        x = x if augment is None else augment(x, key)
+        return (x if preprocess is None else preprocess(x),)
+
+    return of
+
+
 @gin.configurable
 def scale(x: jax.Array) -> jax.Array:
     """Decodes uint8 images to float32 in [0, 1], (B, H, W) to (B, H, W, 1); else returns x as is."""

@@ -14,7 +14,7 @@ from fedexp.errors import UserError, check
 from fedexp.tasks.base import Features, Measure, Metric, Task
 from fedexp.tasks.checks import check_features
 from fedexp.tasks.flax_task import Precision, flax_task
-from fedexp.tasks.images import Augment, Preprocess, pictures, scale
+from fedexp.tasks.images import Augment, Preprocess, inputs, pictures, scale
 from fedexp.tasks.nnx_functions import Model
 
 
@@ -62,11 +62,6 @@ def regression(
     """
     check(num_targets >= 1, f"regression.num_targets must be at least 1, got {num_targets}")
 
-    def inputs(batch: Features, key: jax.Array | None) -> tuple[jax.Array]:
-        x = jnp.asarray(batch["x"])
-        x = x if augment is None else augment(x, key)
-        return (x if preprocess is None else preprocess(x),)
-
     def check_targets(dataset: FederatedDataset) -> None:
         check_features("regression", dataset, {"x": None, "y": None})
         y = dataset.features["y"]
@@ -80,7 +75,7 @@ def regression(
     return flax_task(
         "regression",
         model,
-        inputs,
+        inputs(preprocess, augment),
         output_shape=lambda x: (x.shape[0], num_targets),
         remedy="set the model's last layer or regression.num_targets",
         compute_dtype=compute_dtype,

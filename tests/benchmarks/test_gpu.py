@@ -8,16 +8,13 @@ from unittest import mock
 
 import jax
 import numpy as np
-import optax
 import pytest
 from jax.sharding import Mesh
 
 from benchmarks.tpu import programs
 from benchmarks.tpu.costs import Chip, Program
-from fedexp.algorithms import fedavg
-from fedexp.data import ClientBatching, FederatedDataset
-from fedexp.engine import Engine, Packing, Strategy
 from tests.support import linear, strategies, tasks
+from tests.support.compiled import round_on
 
 # What XLA has of an A100 and an H100 (openxla/xla, backends/gpu/target_config/specs).
 TARGET = """
@@ -73,18 +70,9 @@ def sums(compiled: jax.stages.Compiled) -> list[str]:
     return [opcode for opcode in found["outside"] if opcode in ("all-reduce", "all-reduce-start")]
 
 
-def round_of(strategy, gpu, algorithm, dataset, params, lanes, sample) -> jax.stages.Compiled:
+def round_of(strategy, gpu, *problem) -> jax.stages.Compiled:
     with as_on_gpu():
-        engine = Engine(
-            Strategy(described(gpu, strategy), Packing(lanes=lanes)),
-            algorithm,
-            {"train": dataset, "test": dataset},
-            ClientBatching(4),
-            params=params,
-            cohort_size=5,
-            seed=0,
-        )
-        return programs.compiled_round(engine, params, engine.prepare(0, sample))
+        return round_on(described(gpu, strategy), *problem)
 
 
 @needs_cuda
@@ -92,12 +80,8 @@ def round_of(strategy, gpu, algorithm, dataset, params, lanes, sample) -> jax.st
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("name", tasks.TASKS)
 def test_every_task_compiles_with_one_sum_over_the_devices(name, gpu):
-    task, sizes = tasks.TASKS[name], tasks.SIZES
-    ids = np.array([f"client{i}" for i in range(len(sizes))])
-    dataset = FederatedDataset(tasks.features(name, sum(sizes)), np.cumsum([0, *sizes]), ids)
-    params = task.init(jax.random.key(0), dataset.slice(0, 1))
-    algorithm = fedavg(task, optax.sgd(0.05), optax.sgd(1.0))
-    assert len(sums(round_of("mesh", gpu, algorithm, dataset, params, 2, np.arange(4)))) == 1
+    problem = tasks.problem(name)
+    assert len(sums(round_of("mesh", gpu, *problem, 2, np.arange(4)))) == 1
 
 
 LINEAR = linear.task(noise=0.2)

@@ -7,7 +7,6 @@ import os
 
 import jax
 import numpy as np
-import optax
 import pytest
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -15,18 +14,15 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 from benchmarks.tpu.costs import CHIPS, ONCE, Chip, Program, Trips
 from benchmarks.tpu.programs import (
     as_on_tpu,
-    compiled_round,
     described,
     needed_flops,
     session_of,
     trips,
 )
 from benchmarks.tpu.scaling import busy_devices
-from fedexp.algorithms import fedavg
-from fedexp.data import ClientBatching, FederatedDataset
-from fedexp.engine import Engine, Packing, Strategy
 from fedexp.errors import UserError
 from tests.support import linear, strategies, tasks
+from tests.support.compiled import round_on
 
 CHIP = Chip(flops=1e12, bandwidth=1e9, memory=1e9, clock=1e6)
 
@@ -192,19 +188,10 @@ needs_libtpu = pytest.mark.skipif(
 TOPOLOGIES = ("v2:2x2", "v5e:2x2", "v6e:2x2")
 
 
-def program_of(strategy, topology, algorithm, dataset, params, lanes, sample) -> Program:
+def program_of(strategy, topology, *problem) -> Program:
     """A round's program, compiled for the devices of a topology."""
     with as_on_tpu():
-        engine = Engine(
-            Strategy(described(topology, strategy), Packing(lanes=lanes)),
-            algorithm,
-            {"train": dataset, "test": dataset},
-            ClientBatching(4),
-            params=params,
-            cohort_size=5,
-            seed=0,
-        )
-        compiled = compiled_round(engine, params, engine.prepare(0, sample))
+        compiled = round_on(described(topology, strategy), *problem)
     return Program(compiled.as_text(), CHIPS[topology.partition(":")[0]])
 
 
@@ -227,14 +214,7 @@ def test_trips_of_all_devices_are_those_of_their_schedules():
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("name", tasks.TASKS)
 def test_every_task_compiles_with_one_sum_over_the_devices(name, topology):
-    task, sizes = tasks.TASKS[name], tasks.SIZES
-    features = tasks.features(name, sum(sizes))
-    ids = np.array([f"client{i}" for i in range(len(sizes))])
-    dataset = FederatedDataset(features, np.cumsum([0, *sizes]), ids)
-    params = task.init(jax.random.key(0), dataset.slice(0, 1))
-    algorithm = fedavg(task, optax.sgd(0.05), optax.sgd(1.0))
-
-    program = program_of("mesh", topology, algorithm, dataset, params, 2, np.arange(4))
+    program = program_of("mesh", topology, *tasks.problem(name), 2, np.arange(4))
 
     found = program.collectives()
     assert found["inside"] == []

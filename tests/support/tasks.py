@@ -6,6 +6,7 @@ python -m tests.support.tasks OUTPUT [STRATEGY:DEVICES:LANES ...]
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ import optax
 
 from fedexp import runtime
 from fedexp.algorithms import fedavg
+from fedexp.contracts import Algorithm
 from fedexp.data import ClientBatching, FederatedDataset
 from fedexp.engine import Engine
 from fedexp.models import (
@@ -67,21 +69,27 @@ def features(name: str, rows: int) -> dict[str, np.ndarray]:
     return {"x": images, "y": rng.integers(0, 5, rows).astype(np.int32)}
 
 
+def problem(name: str) -> tuple[Algorithm, FederatedDataset, Any]:
+    """FedAvg of a task, checked data of some clients, and the first parameters."""
+    task, offsets = TASKS[name], np.cumsum([0, *SIZES])
+    ids = np.array([f"client{i}" for i in range(len(SIZES))])
+    dataset = FederatedDataset(features(name, offsets[-1]), offsets, ids)
+    task.check(dataset)
+    params = task.init(jax.random.key(0), dataset.slice(0, 1))
+    return fedavg(task, optax.sgd(0.05), optax.sgd(1.0)), dataset, params
+
+
 def main(output: str, *specs: str) -> None:
     jax.config.update("jax_num_cpu_devices", 2)
     runtime.start()
     results = {}
-    for name, task in TASKS.items():
-        ids = [f"client{i}" for i in range(len(SIZES))]
-        offsets = np.cumsum([0, *SIZES])
-        dataset = FederatedDataset(features(name, sum(SIZES)), offsets, np.array(ids))
-        task.check(dataset)
-        params = task.init(jax.random.key(0), dataset.slice(0, 1))
+    for name in TASKS:
+        algorithm, dataset, params = problem(name)
         for spec in specs:
             kind, devices, lanes = spec.split(":")
             engine = Engine(
                 strategy(kind, int(devices), int(lanes), streamed=False),
-                fedavg(task, optax.sgd(0.05), optax.sgd(1.0)),
+                algorithm,
                 dataset,
                 ClientBatching(4),
                 params=params,

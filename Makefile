@@ -8,7 +8,7 @@ ACCELERATOR ?= cuda
 BENCH ?=
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: quickstart test slow lint docs links bench-gpu clean
+.PHONY: quickstart test slow lint docs tutorials links bench-gpu clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m fedexp.main --gin_file=quickstart.gin --workdir=$(WORKDIR)
@@ -26,6 +26,11 @@ lint: $(VENV)/.linted
 
 docs: $(VENV)/.documented
 	$(BIN)/mkdocs build --strict --site-dir site
+
+# Runs them, as the slow tests do, and builds the site with what they print and draw.
+tutorials: $(VENV)/.tested
+	$(BIN)/python -m pytest -n 2 tests/test_tutorials.py
+	$(MAKE) docs
 
 # Those that lead out of the site; it needs the network.
 links: docs

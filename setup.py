@@ -99,7 +99,7 @@ setup(
         # NVIDIA GPUs: CUDA 13, and CUDA 12 for those before Turing, or with older drivers.
         "cuda": ["jax[cuda13]>=0.10"],
         "cuda12": ["jax[cuda12]>=0.10"],
-        "docs": ["jupytext", "linkchecker", "mkdocs-material>=9.8"],
+        "docs": ["jupytext", "linkchecker", "mkdocs-material>=9.8", "nbconvert>=7"],
         "gcs": ["gcsfs"],
         "huggingface": HUGGINGFACE,
         "mlflow": ["mlflow>=3"],

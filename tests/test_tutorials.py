@@ -12,6 +12,8 @@ import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 TUTORIALS = sorted((REPOSITORY / "docs" / "tutorials").glob("*.py"))
+# Where the documentation takes what they print and draw.
+EXECUTED = REPOSITORY / "build" / "tutorials"
 # Machine paths, and what would have a reader download something.
 FORBIDDEN = ("/work", "/home", "http://", "https://", "download=True")
 
@@ -53,3 +55,5 @@ def test_a_tutorial_runs(path, tmp_path, monkeypatch):
     notebook = jupytext.read(path)
     resources = {"metadata": {"path": str(tmp_path)}}
     NotebookClient(notebook, timeout=180, kernel_name="python3", resources=resources).execute()
+    EXECUTED.mkdir(parents=True, exist_ok=True)
+    jupytext.write(notebook, EXECUTED / f"{path.stem}.ipynb")

@@ -129,6 +129,7 @@ for name in ("train/loss", "test/loss"):
     axes.plot(*zip(*points, strict=True), marker="." if name == "test/loss" else None, label=name)
 axes.set(xlabel="round", ylabel="cross-entropy")
 axes.legend()
+plt.show()
 
 # %%
 losses = list({line["round"]: line["train/loss"] for line in lines}.values())

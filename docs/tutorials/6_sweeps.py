@@ -56,7 +56,7 @@ fedavg.server_optimizer = @server/adam()
 server/adam.eps = 1e-3
 CheckpointPlan.every = 0
 """)
-(folder / "sweep.gin").write_text("""
+_ = (folder / "sweep.gin").write_text("""
 sweep.axes = [@client/axis(), @server/axis()]
 sweep.metric = 'test/accuracy'
 sweep.direction = 'maximize'

@@ -330,10 +330,20 @@ def dropout(key: jax.Array, x: jax.Array, rate: float) -> jax.Array:
     bits = next(bits for bits in (1, 2, 4, 8) if dropped << bits & 255 == 0)
     levels, dropped = 1 << bits, dropped >> 8 - bits
     size = math.prod(x.shape[1:])
-    words = jax.random.bits(key, (len(x), 1, -(-size * bits // 32)), jnp.uint32)
+    words = _random_words(key, (len(x), 1, -(-size * bits // 32)))
     draws = words >> jnp.arange(0, 32, bits, jnp.uint32)[:, None] & levels - 1
     keep = draws.reshape(len(x), -1)[:, :size].reshape(x.shape) >= dropped
     return jnp.where(keep, x * (levels / (levels - dropped)), 0).astype(x.dtype)
+
+
+def _random_words(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Random uint32 words; on TPU the same are drawn as one row.
+
+    Threefry numbers words of several axes by 64-bit products, for which a TPU, that has none, runs three
+    kernels more.
+    """
+    drawn = (math.prod(shape),) if _on_tpu() else shape
+    return jax.random.bits(key, drawn, jnp.uint32).reshape(shape)
 
 
 class Dropout(nn.Module):

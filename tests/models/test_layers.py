@@ -265,6 +265,16 @@ def test_an_examples_mask_does_not_depend_on_the_examples_after_it():
     np.testing.assert_array_equal(dropout(jax.random.key(1), x, 0.5)[:2], few)
 
 
+def test_on_tpu_the_same_mask_comes_of_words_in_one_row(monkeypatch):
+    key, x = jax.random.key(1), normal(0, 5, 3, 7)
+    masks = []
+    for backend, words in (("cpu", "(5, 1, 2)"), ("tpu", "(10,)")):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        assert f"shape={words}" in str(jax.make_jaxpr(lambda: dropout(key, x, 0.25))())
+        masks.append(dropout(key, x, 0.25) != 0)
+    np.testing.assert_array_equal(*masks)
+
+
 def test_dropout_module_does_nothing_in_evaluation():
     x = normal(0, 4)
     np.testing.assert_array_equal(Dropout(0.5).apply({}, x, deterministic=True), x)

@@ -56,7 +56,7 @@ GROUPS = (
         "datasets",
         "Data sets",
         "Bound to `train.dataset`, as `train.dataset = @emnist()`.",
-        ["fedexp.data."],
+        ["fedexp.data.", "fedexp.data.partition.arrays"],
     ),
     Group(
         "partitioners",

@@ -15,6 +15,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from fedexp.engine.loop import OVER_CLIENTS
+
 
 class Chip(NamedTuple):
     """A TensorCore, which is what JAX calls a device.
@@ -49,11 +51,13 @@ class Trips(NamedTuple):
       segments: of the outer loop.
       steps: of the inner loop, all segments together.
       shares: of the steps, those of every compiled batch size.
+      clients: of the loops over those that begin or end, all segments together.
     """
 
     segments: float
     steps: float
     shares: Sequence[float]
+    clients: float = 1
 
 
 ONCE = Trips(1, 1, ())
@@ -155,8 +159,7 @@ class Program:
             if one.opcode == "while":
                 count, inner = self._constant_in(called["condition"][0]), depth
                 if count is None:  # The engine's own: its bounds are data.
-                    count = trips.segments if depth == 0 else trips.steps / trips.segments
-                    inner += 1
+                    count, inner = self._engine_loop(one, trips, depth)
                 for part in (*called["condition"], *called["body"]):
                     yield from self._walk(part, trips, inner, times * count)
             elif one.opcode == "conditional":
@@ -164,6 +167,14 @@ class Program:
                     yield from self._walk(part, trips, depth, times * share)
             elif one.opcode == "call":
                 yield from self._walk(called["to_apply"][0], trips, depth, times)
+
+    def _engine_loop(self, one: Instruction, trips: Trips, depth: int) -> tuple[float, int]:
+        """How often one of the engine's loops runs, and how deep it is."""
+        if depth == 0:
+            return trips.segments, 1
+        if f"/{OVER_CLIENTS}/" in one.text:
+            return trips.clients / trips.segments, depth
+        return trips.steps / trips.segments, depth + 1
 
     def _branches(self, called: dict[str, list[str]], trips: Trips) -> list[tuple[str, float]]:
         """Branches of a `lax.switch` over batch sizes, with their shares; without, the dearest one."""

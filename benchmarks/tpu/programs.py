@@ -195,12 +195,12 @@ def trips(prepared: PreparedRound, batch_sizes: Sequence[int]) -> list[Trips]:
     """How often each device runs the loops of a round."""
     schedule = jax.device_get(prepared.by_device.unpack().passes[TRAIN].schedule)
     found = []
-    for bounds, widths, segments in zip(
-        schedule.bounds, schedule.widths, schedule.num_segments, strict=True
+    for bounds, widths, ended, segments in zip(
+        schedule.bounds, schedule.widths, schedule.ended, schedule.num_segments, strict=True
     ):
-        steps = int(bounds[segments])
-        counts = np.bincount(widths[:steps], minlength=len(batch_sizes))
-        found.append(Trips(max(int(segments), 1), steps, (counts / max(steps, 1)).tolist()))
+        steps, clients = int(bounds[segments]), int(ended[segments])
+        shares = np.bincount(widths[:steps], minlength=len(batch_sizes)) / max(steps, 1)
+        found.append(Trips(max(int(segments), 1), steps, shares.tolist(), clients))
     return found
 
 

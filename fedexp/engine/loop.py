@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from fedexp.engine.schedule import Schedule
 from fedexp.streams import Stream, derive
 
 PyTree = Any
+OVER_CLIENTS = "over_clients"  # The name of those loops, for who reads programs.
 
 
 class DeviceWork(NamedTuple):
@@ -66,79 +67,95 @@ def run_clients(
       part: the device's share.
       batch_sizes: a step is compiled for each; `schedule.widths` tells which one to take.
 
-    The loop over steps holds nothing but `work.step`. Carries are made and finished between segments, so
-    the passes over the parameters that `init` and `finish` cost are paid per client, not per step.
+    The loop over steps holds nothing but `work.step`. Carries are made and finished between segments, by a
+    loop over the clients that begin or end there, so the passes over the parameters that `init` and `finish`
+    cost are paid once a client.
 
     A single lane has one whole client a segment, so no carry passes on to the next one, and its carry
     has no axis of lanes, for which XLA would copy the parameters in every step.
     """
     schedule, examples, clients = part
     num_slots, num_lanes = schedule.slots.shape
-    several = num_lanes > 1
-    over_lanes = jax.vmap if several else lambda function: function
-    if not several:
+    lanes = _Lanes(num_lanes)
+    if num_lanes == 1:
         schedule = schedule.without_lanes()
-    init = over_lanes(lambda client: work.init(shared, as_given(client)))
-    step = over_lanes(lambda carry, batch, key: work.step(shared, carry, batch, key))
-    finish = over_lanes(lambda carry, client: work.finish(shared, carry, as_given(client)))
 
-    def lane_clients(slots: jax.Array) -> Clients:
+    def clients_in(slots: jax.Array) -> Clients:
         return jax.tree.map(lambda leaf: jnp.take(leaf, slots, axis=0, mode="clip"), clients)
 
-    def segment(s, state):
-        carry, total, each = state
-        begin, end = schedule.bounds[s], schedule.bounds[s + 1]
-        slots, starts, ends = schedule.slots[s], schedule.starts[s], schedule.ends[s]
-        client = lane_clients(slots)
-        parents = over_lanes(step_keys)(client)
+    def init(slot: jax.Array) -> PyTree:
+        return work.init(shared, as_given(clients_in(slot)))
 
-        def one_step(t, carry):
-            keys = over_lanes(jax.random.fold_in)(parents, t - starts)
+    def finish(slot: jax.Array, carry: PyTree) -> tuple[PyTree, PyTree]:
+        return work.finish(shared, carry, as_given(clients_in(slot)))
+
+    step = lanes.map(lambda carry, batch, key: work.step(shared, carry, batch, key))
+
+    def segment(s, state):
+        carries, total, each = state
+        slots = schedule.slots[s]
+        starts = jnp.take(schedule.starts, slots, mode="clip")
+        parents = lanes.map(step_keys)(clients_in(slots))
+
+        def begin_client(number, carries):
+            slot = schedule.begins[number]
+            return lanes.put(carries, schedule.lanes[slot], init(slot))
+
+        def one_step(t, carries):
+            keys = lanes.map(jax.random.fold_in)(parents, t - starts)
 
             def of_size(size):
                 rows = schedule.rows[t, ..., :size]
-                return lambda carry: step(carry, take_batch(examples, rows), keys)
+                return lambda carries: step(carries, take_batch(examples, rows), keys)
 
-            return jax.lax.switch(schedule.widths[t], [*map(of_size, batch_sizes)], carry)
+            return jax.lax.switch(schedule.widths[t], [*map(of_size, batch_sizes)], carries)
 
-        fresh = init(client)
-        carry = _select(starts == begin, fresh, carry) if several else fresh
-        carry = jax.lax.fori_loop(begin, end, one_step, carry)
-        lane_total, lane_each = finish(carry, client)
-        if several:
-            ended = _select(ends, lane_total, jax.tree.map(jnp.zeros_like, lane_total))
-            lane_total = jax.tree.map(lambda leaf: leaf.sum(axis=0), ended)
-        total = jax.tree.map(jnp.add, total, lane_total)
-        slots = jnp.where(ends, slots, num_slots)
-        each = jax.tree.map(
-            lambda all_, leaf: all_.at[slots].set(leaf, mode="drop"), each, lane_each
-        )
-        return carry if several else None, total, each
+        def end_client(number, results):
+            slot, (total, each) = schedule.ends[number], results
+            of_client, alone = finish(slot, lanes.take(carries, schedule.lanes[slot]))
+            return jax.tree.map(jnp.add, total, of_client), _put(each, slot, alone)
 
-    client = jax.eval_shape(lambda: lane_clients(schedule.slots[0]))
-    carry = jax.eval_shape(init, client)
-    total, each = jax.eval_shape(finish, carry, client)
+        carries = lanes.loop(schedule.begun[s], schedule.begun[s + 1], begin_client, carries)
+        carries = jax.lax.fori_loop(schedule.bounds[s], schedule.bounds[s + 1], one_step, carries)
+        results = lanes.loop(schedule.ended[s], schedule.ended[s + 1], end_client, (total, each))
+        return (carries if num_lanes > 1 else None, *results)
 
-    def zeros(leaf, *axes):  # Without the lanes of `finish`.
-        return jnp.zeros((*axes, *leaf.shape[several:]), leaf.dtype)
-
+    carry = jax.eval_shape(init, schedule.begins[0])
+    total, each = jax.eval_shape(finish, schedule.begins[0], carry)
     state = (
-        _zeros(carry) if several else None,
-        jax.tree.map(zeros, total),
-        jax.tree.map(lambda leaf: zeros(leaf, num_slots), each),
+        _zeros(carry, num_lanes) if num_lanes > 1 else None,
+        _zeros(total),
+        _zeros(each, num_slots),
     )
     _, total, each = jax.lax.fori_loop(0, schedule.num_segments, segment, state)
     return total, each
 
 
-def _select(chosen: jax.Array, new: PyTree, old: PyTree) -> PyTree:
-    """Per lane `new` where `chosen` (L,), else `old`."""
+class _Lanes(NamedTuple):
+    """How carries of several lanes, (L, ...), are gone through; that of an only lane has no such axis."""
 
-    def select(new_leaf, old_leaf):
-        return jnp.where(chosen.reshape(-1, *[1] * (new_leaf.ndim - 1)), new_leaf, old_leaf)
+    count: int
 
-    return jax.tree.map(select, new, old)
+    def map(self, function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+        return function if self.count == 1 else jax.vmap(function)
+
+    def loop(self, begin: jax.Array, end: jax.Array, body: Any, state: PyTree) -> PyTree:
+        """Over the clients that begin or end with a segment; in an only lane that is one."""
+        if self.count == 1:
+            return body(begin, state)
+        with jax.named_scope(OVER_CLIENTS):
+            return jax.lax.fori_loop(begin, end, body, state)
+
+    def put(self, carries: PyTree, lane: jax.Array, carry: PyTree) -> PyTree:
+        return carry if self.count == 1 else _put(carries, lane, carry)
+
+    def take(self, carries: PyTree, lane: jax.Array) -> PyTree:
+        return carries if self.count == 1 else jax.tree.map(lambda leaf: leaf[lane], carries)
 
 
-def _zeros(shapes: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+def _put(rows: PyTree, index: jax.Array, row: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf, new: leaf.at[index].set(new), rows, row)
+
+
+def _zeros(shapes: PyTree, *axes: int) -> PyTree:
+    return jax.tree.map(lambda leaf: jnp.zeros((*axes, *leaf.shape), leaf.dtype), shapes)

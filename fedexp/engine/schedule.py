@@ -28,8 +28,12 @@ class Schedule(NamedTuple):
       widths: (T,) int32, which of the compiled batch sizes holds the step's largest batch.
       bounds: (S + 1,) int32, segment s is steps bounds[s]:bounds[s + 1].
       slots: (S, L) int32, the client slot that lane l works for in segment s; S when it is idle.
-      starts: (S, L) int32, the step at which that client began.
-      ends: (S, L) bool, whether the client ends with the segment.
+      lanes: (S,) int32, the lane of each client slot.
+      starts: (S,) int32, its first step.
+      begins: (S,) int32, client slots in the order in which they begin.
+      begun: (S + 1,) int32, those in begins[begun[s]:begun[s + 1]] begin with segment s.
+      ends: (S,) int32, client slots in the order in which they end.
+      ended: (S + 1,) int32, those in ends[ended[s]:ended[s + 1]] end with segment s.
       num_segments: () int32.
     """
 
@@ -37,14 +41,17 @@ class Schedule(NamedTuple):
     widths: Any
     bounds: Any
     slots: Any
+    lanes: Any
     starts: Any
+    begins: Any
+    begun: Any
     ends: Any
+    ended: Any
     num_segments: Any
 
     def without_lanes(self) -> Schedule:
         """The schedule of an only lane, whose arrays lose the axis of lanes."""
-        lane = {name: getattr(self, name)[:, 0] for name in ("rows", "slots", "starts", "ends")}
-        return self._replace(**lane)
+        return self._replace(rows=self.rows[:, 0], slots=self.slots[:, 0])
 
 
 def pack(
@@ -76,22 +83,37 @@ def pack(
     fullest = (rows >= 0).sum(axis=2).max(axis=1)
     widths = np.searchsorted(batch_sizes, fullest).astype(np.int32)
 
-    ran = lengths > 0
+    ran = np.flatnonzero(lengths)
     is_edge = np.bincount(end_of, minlength=1)
     is_edge[0] = 1
     edges = np.flatnonzero(is_edge)
     num_segments = len(edges) - 1
-    bounds = np.full(slots + 1, edges[-1], np.int32)
-    bounds[: len(edges)] = edges
+    bounds = _padded(edges, slots + 1, edges[-1])
     slot = np.full((slots, lanes), slots, np.int32)
-    starts = np.zeros((slots, lanes), np.int32)
-    ends = np.zeros((slots, lanes), bool)
     first, last = np.searchsorted(edges, [start_of, end_of])
     client = np.repeat(np.arange(len(lengths)), last - first)
-    place = consecutive(first, last - first), lane_of[client]
-    slot[place], starts[place] = client, start_of[client]
-    ends[last[ran] - 1, lane_of[ran]] = True
-    return Schedule(rows, widths, bounds, slot, starts, ends, np.int32(num_segments))
+    slot[consecutive(first, last - first), lane_of[client]] = client
+
+    begins, ends = (ran[np.argsort(at[ran], kind="stable")] for at in (start_of, end_of))
+    return Schedule(
+        rows,
+        widths,
+        bounds,
+        slot,
+        lanes=_padded(lane_of, slots),
+        starts=_padded(start_of, slots),
+        begins=_padded(begins, slots),
+        begun=np.searchsorted(start_of[begins], bounds).astype(np.int32),
+        ends=_padded(ends, slots),
+        ended=np.searchsorted(end_of[ends], bounds, side="right").astype(np.int32),
+        num_segments=np.int32(num_segments),
+    )
+
+
+def _padded(values: np.ndarray, length: int, padding: int = 0) -> np.ndarray:
+    padded = np.full(length, padding, np.int32)
+    padded[: len(values)] = values
+    return padded
 
 
 def assign(lengths: Sequence[int] | np.ndarray, lanes: int) -> tuple[np.ndarray, np.ndarray]:

@@ -83,11 +83,18 @@ PROGRAM = """
   ROOT %c = (s32[]) conditional(%i, %s, %s), branch_computations={%small, %large}
 }
 
+%client (s: (s32[])) -> (s32[]) {
+  %s = (s32[]) parameter(0)
+  %z = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%s), index=0
+  ROOT %c = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} copy(%z), backend_config={"estimated_cycles":"2"}
+}
+
 %segment (s: (s32[])) -> (s32[]) {
   %s = (s32[]) parameter(0)
   %x = bf16[3,200]{0,1:T(8,128)(2,1)} get-tuple-element(%s), index=0
   %y = bf16[3,200]{0,1:T(8,128)(2,1)S(1)} copy(%x), backend_config={"estimated_cycles":"7"}
-  ROOT %w = (s32[]) while(%s), condition=%data, body=%step
+  %c = (s32[]) while(%s), condition=%data, body=%client, metadata={op_name="jit(f)/while/over_clients/while"}
+  ROOT %w = (s32[]) while(%s), condition=%data, body=%step, metadata={op_name="jit(f)/while/while"}
 }
 
 ENTRY %main (s: (s32[])) -> f32[16] {
@@ -100,7 +107,8 @@ ENTRY %main (s: (s32[])) -> f32[16] {
 
 
 def test_loops_and_branches_count_by_the_trips_of_the_schedule():
-    parts = Program(PROGRAM, CHIP).cost(Trips(segments=3, steps=12, shares=[0.25, 0.75]))
+    trips = Trips(segments=3, steps=12, shares=[0.25, 0.75], clients=6)
+    parts = Program(PROGRAM, CHIP).cost(trips)
 
     scans, copies = 12 * 0.75 * 5, 12 * 0.25
     products = 2 * 4 * 6 * 8
@@ -112,8 +120,8 @@ def test_loops_and_branches_count_by_the_trips_of_the_schedule():
     bytes_of_steps = scans * operands + copies * 2 * tile + 12 * 0.75 * 2 * images
     assert parts["steps"].bytes == pytest.approx(bytes_of_steps)
     # 200 x 3 of two bytes, padded to 200 x 128; what it is copied to is no memory of the chip.
-    assert parts["clients"].bytes == 3 * 200 * 128 * 2
-    assert (parts["clients"].cycles, parts["server"].cycles) == (21, 100)
+    assert parts["clients"].bytes == 3 * 200 * 128 * 2 + 6 * 8 * 128 * 2
+    assert (parts["clients"].cycles, parts["server"].cycles) == (21 + 6 * 2, 100)
     assert parts["server"].bytes == 2 * 16 * 4
 
 
@@ -126,7 +134,7 @@ def test_instructions_of_steps_are_told_apart_by_products():
 
 
 def test_a_computation_takes_its_cycles_or_its_bytes():
-    parts = Program(PROGRAM, CHIP).cost(Trips(1, 1, [1, 0]))
+    parts = Program(PROGRAM, CHIP).cost(Trips(1, 1, [1, 0], clients=0))
 
     assert parts["clients"].seconds == pytest.approx(200 * 128 * 2 / 1e9)  # 7 us of cycles.
     assert parts["server"].seconds == pytest.approx(100 / 1e6)  # 0.1 us of bytes.

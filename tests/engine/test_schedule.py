@@ -26,24 +26,27 @@ def batches_of(lengths: list[int], batch_size: int = 3) -> np.ndarray:
 
 def replay(schedule: schedule_lib.Schedule) -> dict[int, list[int]]:
     """Runs the schedule as the engine would; returns each client slot's rows in order."""
-    finished, running = {}, {}
-    num_lanes = schedule.slots.shape[1]
+    finished: dict[int, list[int]] = {}
+    num_slots, num_lanes = schedule.slots.shape
+    running: dict[int, tuple[int, list[int]]] = {}  # By lane.
     for s in range(int(schedule.num_segments)):
         begin, end = schedule.bounds[s], schedule.bounds[s + 1]
         assert begin < end
+        for slot in schedule.begins[schedule.begun[s] : schedule.begun[s + 1]].tolist():
+            assert schedule.starts[slot] == begin
+            assert running.setdefault(int(schedule.lanes[slot]), (slot, [])) == (slot, [])
         for lane in range(num_lanes):
-            slot = int(schedule.slots[s, lane])
             rows = schedule.rows[begin:end, lane, 0]
-            if slot == len(schedule.slots):
+            if lane in running:
+                assert schedule.slots[s, lane] == running[lane][0]
+                running[lane][1].extend(rows.tolist())
+            else:
+                assert schedule.slots[s, lane] == num_slots
                 assert (rows == -1).all()
-                assert not schedule.ends[s, lane]
-                continue
-            if schedule.starts[s, lane] == begin:
-                assert slot not in running
-                running[slot] = []
-            running[slot].extend(rows.tolist())
-            if schedule.ends[s, lane]:
-                finished[slot] = running.pop(slot)
+        for slot in schedule.ends[schedule.ended[s] : schedule.ended[s + 1]].tolist():
+            mine, rows = running.pop(int(schedule.lanes[slot]))
+            assert mine == slot and slot not in finished
+            finished[slot] = rows
     assert not running
     return finished
 

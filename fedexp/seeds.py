@@ -62,13 +62,13 @@ class Seeds:
         self._roots = first.placement.replicate(np.stack(roots))
         body, placement = first.runner.body, first.placement
 
-        def program(states, headers, roots, by_device, examples):
-            def one(state, header, root, by_device):
-                output, _ = body(state, None, header, root, by_device, examples, None, None)
+        def program(states, roots, by_device, examples):
+            def one(state, root, by_device):
+                output, _ = body(state, None, root, by_device, examples, None, None)
                 return output.state, dict(output.metrics), dict(output.per_client)
 
             by_device = jax.tree.map(lambda *rows: jnp.stack(rows), *by_device)
-            return placement.keep_replicated(jax.vmap(one)(states, headers, roots, by_device))
+            return placement.keep_replicated(jax.vmap(one)(states, roots, by_device))
 
         return jit(program, donate_argnums=0)
 
@@ -125,11 +125,9 @@ class Seeds:
             if len(groups) > 1:
                 of_group = jax.tree.map(lambda leaf, places=places: leaf[np.array(places)], state)
             group = [prepared[place] for place in places]
-            headers = np.array([(one.round, len(one.clients)) for one in group], np.int32)
             new, *measured = self._sessions[0].engine.runner.call(
                 self._program,
                 of_group,
-                headers,
                 self._roots if len(groups) == 1 else self._roots[np.array(places)],
                 [one.by_device for one in group],
                 group[0].examples,

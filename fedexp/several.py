@@ -88,27 +88,26 @@ def _check(session: Session, rounds: Sequence[PreparedRound]) -> None:
 
 
 def _arguments(rounds: Sequence[PreparedRound], clients: np.ndarray) -> tuple[PyTree, ...]:
-    """Of all rounds (R, ...): numbers and sizes, what devices get, and each slot's row among `clients`."""
-    headers = np.array([(one.round, len(one.clients)) for one in rounds], np.int32)
+    """Of all rounds (R, ...): what devices get, and each slot's row among `clients`."""
     by_device = jax.tree.map(lambda *flat: np.stack(flat), *(one.by_device for one in rounds))
     rows = np.full((len(rounds), rounds[0].num_slots), len(clients), np.int32)  # First states.
     for row, one in zip(rows, rounds, strict=True):
         row[one.slots] = np.searchsorted(clients, one.clients)
-    return rounds[0].examples, headers, by_device, rows
+    return rounds[0].examples, by_device, rows
 
 
 def _program(engine: Engine) -> Callable[..., tuple[PyTree, ...]]:
     root = jax.random.key_data(engine.root)
 
-    def program(state, table, examples, headers, by_device, rows, rates):
+    def program(state, table, examples, by_device, rows, rates):
         frozen = getattr(state, "frozen", None)
 
         def one(carry, inputs):
             state, table = carry
-            header, by_device, rows = inputs
+            by_device, rows = inputs
             states = jax.tree.map(lambda leaf: leaf[rows][None], table)
             output, _ = engine.runner.body(
-                state, frozen, header, root, by_device, examples, states, None, rates
+                state, frozen, root, by_device, examples, states, None, rates
             )
             if output.client_states is not None:
                 table = jax.tree.map(partial(_written, rows), table, output.client_states)
@@ -116,9 +115,7 @@ def _program(engine: Engine) -> Callable[..., tuple[PyTree, ...]]:
 
         if frozen is not None:
             state = state._replace(frozen=None)
-        (state, table), (metrics, per_client) = jax.lax.scan(
-            one, (state, table), (headers, by_device, rows)
-        )
+        (state, table), (metrics, per_client) = jax.lax.scan(one, (state, table), (by_device, rows))
         return state, table, metrics, jax.tree.map(lambda leaf: leaf[-1], per_client)
 
     return program

@@ -79,7 +79,6 @@ def test_trials_of_other_hyperparameters_can_be_vmapped_in_one_program(name):
         output, _ = runner.body(
             state,
             None,
-            jnp.array([0, 3]),
             root,
             prepared.by_device,
             prepared.examples,

@@ -101,6 +101,18 @@ class Placement:
         # A single device takes NumPy arrays with the call, in a fifth of the time.
         return parts if self.num_devices == 1 else self.split(parts)
 
+    def any_row(self, tree: PyTree) -> PyTree:
+        """Of arrays (D, ...) whose rows are alike the row that a device has itself, replicated."""
+
+        def first(tree: PyTree) -> PyTree:
+            return jax.tree.map(lambda leaf: leaf[0], tree)
+
+        if self.num_devices == 1:
+            return first(tree)
+        return jax.shard_map(
+            first, mesh=self.mesh, in_specs=_SPLIT, out_specs=_WHOLE, check_vma=False
+        )(tree)
+
     def replicate(self, tree: PyTree) -> PyTree:
         """Puts a copy on every device; all processes must hold the same values."""
         sharding = NamedSharding(self.mesh, _WHOLE)

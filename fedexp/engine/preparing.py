@@ -38,11 +38,15 @@ class DeviceInputs(NamedTuple):
     """What a device gets of a round; once unpacked, everything has a leading axis of all devices.
 
     Attributes:
+      round: () int32, its number; the same for all devices.
+      cohort_size: () int32, likewise.
       index: (S,) int32, the client in each slot, or -1.
       inputs: name -> (S, ...), what the sampler says of it.
       passes: name -> what it goes through.
     """
 
+    round: Any
+    cohort_size: Any
     index: Any
     inputs: dict[str, Any]
     passes: dict[str, PassInputs]
@@ -191,6 +195,8 @@ class Preparer:
         inputs = {name: _as_sent(values) for name, values in sample.inputs.items()}
         by_device = [
             DeviceInputs(
+                np.int32(round_),
+                np.int32(len(clients)),
                 by_slot(clients[on_device] + 1) - 1,  # -1 where there is none.
                 {name: by_slot(values[on_device], values.dtype) for name, values in inputs.items()},
                 device_passes,

@@ -167,7 +167,6 @@ class Runner:
         frozen = getattr(state, "frozen", None)
         if frozen is not None:
             state = with_frozen(state)
-        header = np.array([prepared.round, len(prepared.clients)], np.int32)
         states = notes = None
         if self._client_states is not None:
             shape = (len(self._placement.local), prepared.num_slots)
@@ -176,7 +175,7 @@ class Runner:
         if self._placement.num_processes > 1:
             notes = self._placement.split(np.full(len(self._placement.local), note, np.int32))
         by_device, examples = prepared.by_device, prepared.examples
-        return state, frozen, header, self._root, by_device, examples, states, notes, self.rates
+        return state, frozen, self._root, by_device, examples, states, notes, self.rates
 
     def _clients_here(self, prepared: PreparedRound) -> tuple[np.ndarray, np.ndarray]:
         """The clients of this process, and their rows among the slots of its devices."""
@@ -206,18 +205,17 @@ class Runner:
         try:
             return self.body(*args)
         except Exception as error:
-            _, _, header, _, by_device, *_ = args
-            round_, size = header.tolist()
-            clients = np.asarray(by_device.unpack().index).ravel()[:size]
+            _, _, _, by_device, *_ = args
+            device: DeviceInputs = jax.device_get(by_device.unpack())
+            clients = device.index.ravel()[: int(device.cohort_size[0])]
             ids = {int(client): str(self._client_ids[client]) for client in clients}
-            error.add_note(f"in round {round_}, whose clients are {ids}")
+            error.add_note(f"in round {device.round[0]}, whose clients are {ids}")
             raise
 
     def body(
         self,
         state,
         frozen,
-        header,
         root,
         by_device,
         examples,
@@ -230,7 +228,6 @@ class Runner:
         Args:
           state: the server's, with None for `frozen`.
           frozen: the server state's attribute `frozen`, or None.
-          header: (2,) int32, the round's number and the cohort's size.
           root: key data of the run's key.
           by_device: see `PreparedRound`.
           examples: likewise.
@@ -245,9 +242,10 @@ class Runner:
             state = state._replace(frozen=frozen)
         device: DeviceInputs = by_device.unpack()
         root = jax.random.wrap_key_data(root, impl=self._root_type)
-        key = derive(root, Stream.ROUND, header[0])
+        round_, size = self._placement.any_row((device.round, device.cohort_size))
+        key = derive(root, Stream.ROUND, round_)
         for_each_client = ForEachClient(
-            self._strategy, self._preparer, device, examples, key, Traffic(header[1])
+            self._strategy, self._preparer, device, examples, key, Traffic(size)
         )
         first = next(iter(device.passes.values()))
         clients = Clients(
@@ -258,8 +256,8 @@ class Runner:
             state=client_states,
         )
         cohort = Cohort(
-            round=header[0],
-            size=header[1],
+            round=round_,
+            size=size,
             real=(device.index >= 0).reshape(-1),
             clients=_flat(clients),
             key=derive(key, Stream.SERVER),

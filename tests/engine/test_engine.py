@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import re
 import sys
 
 import jax
@@ -352,6 +353,16 @@ def collectives(jaxpr, in_loop: bool = False) -> list[bool]:
     return found
 
 
+@pytest.mark.parametrize("strategy", [jit, pmap, mesh])
+def test_devices_do_not_ask_each_other_for_what_all_of_them_know(strategy):
+    placement = strategy().placement
+    rows = placement.split(np.full((placement.num_devices, 3), 7, np.int32))
+    program = jax.jit(lambda rows: placement.keep_replicated(placement.any_row(rows)))
+    assert program(rows).tolist() == [7, 7, 7]
+    text = program.lower(rows).compile().as_text()
+    assert not re.search("all-|collective|broadcast-", text)
+
+
 @pytest.mark.parametrize("strategy", [pmap, mesh])
 @pytest.mark.parametrize(
     ("algorithm", "sums"),
@@ -369,7 +380,7 @@ def test_one_collective_per_for_each_client_and_none_in_the_loop(strategy, algor
     states = engine.client_states and engine.client_states.gather(
         prepared.clients, prepared.slots, shape
     )
-    header, root = np.array([0, 2], np.int32), np.asarray(jax.random.key_data(engine.root))
-    arguments = (None, header, root, prepared.by_device, prepared.examples, states, None)
+    root = np.asarray(jax.random.key_data(engine.root))
+    arguments = (None, root, prepared.by_device, prepared.examples, states, None)
     program = jax.make_jaxpr(engine.runner.body)(state, *arguments)
     assert collectives(program.jaxpr) == [False] * sums

@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fedexp import paths
+from fedexp import environment, paths, shown
 from fedexp.errors import UserError
 from fedexp.plots import labels
 from fedexp.progress import of_evaluations
@@ -56,6 +56,24 @@ def over_seeds(
         for one in found
     ]
     return header, table
+
+
+def run_on_others(runs: Sequence[Run]) -> list[str]:
+    """A line for each device, version or commit that is not the same in all runs that have kept it."""
+    found = {
+        label: kept
+        for label, run in zip(labels([run.path for run in runs]), runs, strict=True)
+        if (kept := environment.texts(environment.last(run.path)))
+    }
+    lines = []
+    for name in dict.fromkeys(name for kept in found.values() for name in kept):
+        groups: dict[str, list[str]] = {}
+        for label, kept in found.items():
+            groups.setdefault(kept.get(name, "none"), []).append(label)
+        if len(groups) > 1:
+            parts = [f"{value} ({shown.names(of)})" for value, of in groups.items()]
+            lines.append(f"{name} differs: {'; '.join(parts)}")
+    return lines
 
 
 def _chosen(given: str | None, runs: Sequence[Run]) -> list[str]:
@@ -121,6 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found.sort(key=lambda one: -_or_last(one.mean(given.sort)))
         if len(found) < len(runs):
             console.print(_shown(*over_seeds(found, metrics), title="over seeds"))
+        for line in run_on_others(runs):
+            console.print(line, highlight=False)
         if given.csv is not None:
             _write(given.csv, _as_csv(header, table))
         if given.html is not None:

@@ -11,10 +11,9 @@ import platform
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import jax
 
 import fedexp
 from fedexp import paths
@@ -34,19 +33,43 @@ def note(workdir: str | os.PathLike) -> None:
     Raises:
       UserError: the workdir cannot be written to.
     """
-    file = os.path.join(workdir, NAME)
+    entries = [*_entries(workdir), of_this_process()]
     try:
-        before = json.loads(paths.read_text(file)) if paths.exists(file) else []
-    except ValueError:  # Somebody else's, or damaged; a run is not to end for it.
-        before = []
-    try:
-        paths.write(file, json.dumps([*before, of_this_process()], indent=1) + "\n")
+        paths.write(os.path.join(workdir, NAME), json.dumps(entries, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
 
 
+def last(workdir: str | os.PathLike) -> dict[str, Any]:
+    """What `environment.json` has of the latest start; empty if there is none, or nothing legible."""
+    return (_entries(workdir) or [{}])[-1]
+
+
+def texts(entry: Mapping[str, Any]) -> dict[str, str]:
+    """What of a start may matter to its numbers and its speed: devices, versions and commits, by name."""
+    if not entry:
+        return {}
+    devices = ", ".join(f"{count} {kind}" for kind, count in entry["devices"].items())
+    found = {"devices": devices, **entry["versions"]}
+    for name, commit_ in entry["commits"].items():
+        if commit_:
+            found[name] = f"{found.get(name, '')} at {commit_[:10]}{commit_[40:]}".strip()
+    return found
+
+
+def line(entry: Mapping[str, Any]) -> str:
+    """The same in one line, with the host; '' of nothing."""
+    found = texts(entry)
+    if not found:
+        return ""
+    devices = found.pop("devices")
+    return ", ".join([f"{entry['host']}: {devices}", *(f"{a} {b}" for a, b in found.items())])
+
+
 def of_this_process() -> dict[str, Any]:
     """What `environment.json` has of a start, see docs/results.md."""
+    import jax  # Not for those who only read.
+
     package = Path(fedexp.__file__).parent
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -66,6 +89,14 @@ def of_this_process() -> dict[str, Any]:
             "folder": commit(Path.cwd()),
         },
     }
+
+
+def _entries(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    try:
+        found = json.loads(paths.read_text(os.path.join(workdir, NAME)))
+    except (OSError, ValueError):  # Somebody else's, or damaged; a run is not to end for it.
+        return []
+    return found if isinstance(found, list) else []
 
 
 def commit(folder: Path) -> str | None:

@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     from fedexp.waiting import saying
 
     with saying("loading JAX"):
-        from fedexp import bindings, config, environment, paths, progress, pulse, runtime, trainer
+        from fedexp import bindings, config, paths, progress, pulse, runtime, trainer
         from fedexp.errors import UserError
 
     try:
@@ -64,8 +64,6 @@ def main(argv: Sequence[str]) -> int:
             if _WORKDIR.value:
                 stack.enter_context(trainer.using(_WORKDIR.value))
                 config.prepare_workdir(_WORKDIR.value, write=runtime.is_first())
-                if runtime.is_first():
-                    environment.note(_WORKDIR.value)
                 stack.enter_context(pulse.told_in(_WORKDIR.value if runtime.is_first() else None))
             result = experiment().run(_WORKDIR.value, overrides=_GIN_PARAMS.value)
     except UserError as error:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedexp import config, hyperparameters, paths, progress, runtime
+from fedexp import config, environment, hyperparameters, paths, progress, runtime
 from fedexp.data import SECONDS
 from fedexp.errors import UserError
 from fedexp.evaluation import Evaluation
@@ -389,6 +389,7 @@ class Reports:
                 observer.begin(self._session, self._workdir, self._done)
             self._closing = stack.pop_all()
         if self._workdir is not None and runtime.is_first():
+            environment.note(self._workdir)
             operative = os.path.join(self._workdir, config.OPERATIVE)
             _write(operative, gin.operative_config_str())
         if self._session.account:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 _WIDTH = 100
@@ -43,14 +43,22 @@ def short(value: Any) -> str:
     return cut(text)
 
 
+def names(of: Sequence[str]) -> str:
+    """Names one after another, or the first few and how many more there are."""
+    more = [f"{len(of) - _MOST} more"] if len(of) > _MOST else []
+    return ", ".join([*of[:_MOST], *more])
+
+
 def cut(text: str) -> str:
     """A text in one line, at most as long as fits a screen."""
     return textwrap.shorten(text, _WIDTH, placeholder=" ...")
 
 
 def _line(value: Any) -> str:
-    """As `short`, but several lines of what is shown by fields itself."""
-    return repr(value) if type(value).__repr__ is fields else short(value)
+    """As `short`, but several lines of what is shown by fields itself, if these are few."""
+    if type(value).__repr__ is fields and (text := repr(value)).count("\n") < _MOST:
+        return text
+    return short(value)
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from fedexp import paths, pulse
+from fedexp import environment, paths, pulse, shown
 from fedexp.errors import UserError
 from fedexp.progress import describe, of_evaluations
 from fedexp.sole_use import is_held
@@ -49,6 +49,7 @@ class Status(NamedTuple):
       left: seconds that are left at this speed, of a run that is running.
       metrics: of the last evaluations.
       why: the line that says why it ended, or ''.
+      where: its latest start's host, devices and versions in a line, or ''.
     """
 
     path: str
@@ -59,6 +60,7 @@ class Status(NamedTuple):
     left: float | None
     metrics: Mapping[str, float]
     why: str
+    where: str
 
 
 def found_in(path: str) -> list[str]:
@@ -96,11 +98,12 @@ def status(workdir: str) -> Status:
         if state != "died" and (still := now - told.get("moved", now)) > patience:
             why = f"no news for {_time(still)}"
     left = (rounds - number) / speed if state == "running" and speed and rounds else None
-    return Status(workdir, state, number, rounds, speed, left, told.get("metrics", {}), why)
+    where = environment.line(environment.last(workdir))
+    return Status(workdir, state, number, rounds, speed, left, told.get("metrics", {}), why, where)
 
 
 def lines(runs: Sequence[Status]) -> list[list[str]]:
-    """A row of texts a run: its path, state, round, speed, time left, and what else there is to say."""
+    """A row of texts a run: its path, state, round, speed, time left, what else there is to say, where."""
     return [
         [
             run.path,
@@ -109,21 +112,30 @@ def lines(runs: Sequence[Status]) -> list[list[str]]:
             "" if run.speed is None else f"{run.speed:.3g}/s",
             "" if run.left is None else _time(run.left),
             "  ".join(filter(None, [describe(_shown(run.metrics)), run.why])),
+            run.where,
         ]
         for run in runs
     ]
 
 
 def table(runs: Sequence[Status]) -> Table:
-    """The same for a terminal, without the folder that all runs are in."""
-    made = Table(box=SIMPLE_HEAD)
+    """The same for a terminal, without the folder that all runs are in; below is where they are."""
+    made = Table(box=SIMPLE_HEAD, caption_justify="left")
     made.add_column("run", overflow="fold")
     made.add_column("state")
     for name in ("round", "speed", "left"):
         made.add_column(name, justify="right", no_wrap=True)
     made.add_column("")
+    places: dict[str, list[str]] = {}
     for run, name, row in zip(runs, _below([run.path for run in runs]), lines(runs), strict=True):
-        made.add_row(name, *row[1:], style=_COLOURS.get(run.state, ""))
+        made.add_row(name, *row[1:-1], style=_COLOURS.get(run.state, ""))
+        places.setdefault(run.where, []).append(name)
+    if len(places) == 1:
+        made.caption = next(iter(places))
+    else:
+        made.caption = "\n".join(
+            f"{shown.names(of)}: {where}" for where, of in places.items() if where
+        )
     return made
 
 

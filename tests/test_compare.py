@@ -53,6 +53,25 @@ def test_chosen_metrics_of_chosen_runs(runs, capsys):
     assert "train/loss" in shown and "accuracy" not in shown and "learning_rate" not in shown
 
 
+def test_what_runs_have_run_on_is_said_where_it_differs(runs, capsys):
+    for name, jax, head in (("a", "0.10.0", "1" * 40), ("b", "0.10.1", "1" * 40 + "-dirty")):
+        entry = {
+            "host": name,
+            "devices": {"cpu": 1},
+            "versions": {"fedexp": "0.1.0", "jax": jax, "numpy": "2.3"},
+            "commits": {"fedexp": head, "folder": None},
+        }
+        earlier = entry | {"devices": {"gpu": 8}}
+        (runs / name / "environment.json").write_text(json.dumps([earlier, entry]))
+    assert compare.main([str(runs)]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if "differs" in line] == [
+        f"fedexp differs: 0.1.0 at {'1' * 10} (a); 0.1.0 at {'1' * 10}-dirty (b)",
+        "jax differs: 0.10.0 (a); 0.10.1 (b)",
+    ]
+    assert compare.main([str(runs / "a"), str(runs / "c")]) == 0
+    assert "differs" not in capsys.readouterr().out
+
+
 def test_seeds_are_summed_up(runs, capsys):
     accuracies = {"x": (0.2, 0.4, 0.9), "y": (0.6,)}
     for name, of_seeds in accuracies.items():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.metadata
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import optax
 import pytest
 
@@ -185,10 +188,10 @@ def test_folders_of_runs_are_lines_in_a_pipe(tmp_path, capsys):
         assert status.main([str(tmp_path)]) == 0
     shown = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert shown == [
-        [f"{tmp_path}/old", "finished", "7/7", "", "", "test/loss 1.25"],
-        [f"{tmp_path}/sweep", "running", "3/9", "0.5/s", "0:12", ""],
-        [f"{tmp_path}/sweep/trials/0", "failed", "3/9", "", "", "round 4: diverged"],
-        [f"{tmp_path}/sweep/trials/1", "finished", "3/9", "", "", "test/accuracy 0.5"],
+        [f"{tmp_path}/old", "finished", "7/7", "", "", "test/loss 1.25", ""],
+        [f"{tmp_path}/sweep", "running", "3/9", "0.5/s", "0:12", "", ""],
+        [f"{tmp_path}/sweep/trials/0", "failed", "3/9", "", "", "round 4: diverged", ""],
+        [f"{tmp_path}/sweep/trials/1", "finished", "3/9", "", "", "test/accuracy 0.5", ""],
     ]
     assert status.main([str(tmp_path / "sweep")]) == 0  # Nobody holds it any more.
     assert f"{tmp_path}/sweep\tdied\t3/9" in capsys.readouterr().out
@@ -206,6 +209,25 @@ def test_folders_of_runs_are_lines_in_a_pipe(tmp_path, capsys):
 )
 def test_a_table_has_short_names(runs, expected):
     assert status._below(runs) == expected
+
+
+def test_a_run_from_python_says_where_it_is(tmp_path):
+    run(tmp_path / "a")
+    where = status.status(str(tmp_path / "a")).where
+    jax_ = importlib.metadata.version("jax")
+    assert where.startswith(f"{platform.node()}: {jax.device_count()} cpu, python ")
+    assert f", jax {jax_}, " in where
+    below = str(status.table([status.status(str(tmp_path / "a"))]).caption)
+    assert below == where
+
+
+def test_where_runs_are_is_said_once_for_all_and_by_name_where_it_differs(tmp_path):
+    runs = [
+        status.Status(f"r/{name}", "finished", 1, 1, None, None, {}, "", where)
+        for name, where in (("a", "x: 1 cpu"), ("b", "y: 2 cpu"), ("c", "x: 1 cpu"), ("d", ""))
+    ]
+    assert status.table(runs).caption == "a, c: x: 1 cpu\nb: y: 2 cpu"
+    assert status.table([runs[0], runs[2]]).caption == "x: 1 cpu"
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from typing import Any
 import gin
 from absl import logging as absl_logging
 
-from fedexp import bindings, config, environment, main, pulse, runtime, trainer
+from fedexp import bindings, config, main, pulse, runtime, trainer
 from fedexp.algorithms.wrapping import made
 from fedexp.bindings.reach import Reach
 from fedexp.bindings.statements import in_force
@@ -57,7 +57,6 @@ def run(
             found.append({bindings.name_of(*key): s.value for key, s in in_force().items()})
             stack.enter_context(trainer.using(one["workdir"]))
             config.prepare_workdir(one["workdir"])
-            environment.note(one["workdir"])
             stack.enter_context(pulse.told_in(one["workdir"]))
         numbers, seeds = _differing(found)
         for name in numbers[0]:

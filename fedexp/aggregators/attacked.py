@@ -88,13 +88,21 @@ def _by_client(key: jax.Array, clients: jax.Array) -> jax.Array:
 
 @gin.configurable
 def sign_flip(scale: float = 1.0) -> Attack:
-    """Each attacker sends its update times -scale (as in Li et al. 2019, arXiv:1811.03761)."""
+    """Each attacker sends its update times -scale (as in Li et al. 2019, arXiv:1811.03761).
+
+    Args:
+      scale: 1 turns it round; 0 is an attacker that sends nothing.
+    """
     return lambda updates, keys: jax.tree.map(lambda leaf: -scale * leaf, updates.values)
 
 
 @gin.configurable
 def gaussian_attack(deviation: float = gin.REQUIRED) -> Attack:
-    """Each attacker sends noise in place of its update (Blanchard et al. 2017, arXiv:1703.02757)."""
+    """Each attacker sends noise in place of its update (Blanchard et al. 2017, arXiv:1703.02757).
+
+    Args:
+      deviation: the standard one, of each of an update's numbers.
+    """
 
     def attack(updates: Updates, keys: jax.Array) -> PyTree:
         return jax.vmap(noise)(updates.values, keys)

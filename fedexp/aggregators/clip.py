@@ -27,6 +27,9 @@ def clip_by_norm(norm: float = gin.REQUIRED) -> Aggregator:
     So do McMahan et al. 2018 (arXiv:1710.06963) before noise, and Sun et al. 2019 (arXiv:1911.07963) against
     attackers. `aggregate/clipped_fraction` is the share of the cohort whose update was scaled.
 
+    Args:
+      norm: the largest that stays as it is, positive.
+
     Raises:
       UserError: a norm that is not positive.
     """

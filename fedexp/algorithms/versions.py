@@ -26,14 +26,23 @@ def constant_weight() -> StalenessWeight:
 
 @gin.configurable
 def polynomial_weight(a: float = 0.5) -> StalenessWeight:
-    """(staleness + 1)^-a (the same); of the default a, FedBuff's 1 / sqrt(1 + staleness)."""
+    """(staleness + 1)^-a (the same); of the default a, FedBuff's 1 / sqrt(1 + staleness).
+
+    Args:
+      a: not negative; 0 is 1 for all.
+    """
     check(a >= 0, f"polynomial_weight.a must not be negative, got {a}")
     return lambda staleness: (staleness + 1.0) ** -a
 
 
 @gin.configurable
 def hinge_weight(a: float = 10.0, b: int = 4) -> StalenessWeight:
-    """1 up to a staleness of b, and 1 / (a (staleness - b) + 1) beyond (the same)."""
+    """1 up to a staleness of b, and 1 / (a (staleness - b) + 1) beyond (the same).
+
+    Args:
+      a: not negative; 0 is 1 for all.
+      b: rounds, not negative.
+    """
     check(a >= 0, f"hinge_weight.a must not be negative, got {a}")
     check(b >= 0, f"hinge_weight.b must not be negative, got {b}")
     return lambda staleness: 1 / (a * jnp.maximum(staleness - b, 0.0) + 1)

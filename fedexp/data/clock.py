@@ -34,7 +34,12 @@ class Distribution(NamedTuple):
 
 @gin.configurable
 def between(low: float = 0.0, high: float = 1.0) -> Distribution:
-    """Uniform in [low, high)."""
+    """Uniform in [low, high).
+
+    Args:
+      low: not negative.
+      high: finite, at least `low`.
+    """
     _check("between", "low", low)
     if not low <= high < math.inf:
         raise UserError(f"between.high must be finite and at least low = {low}, got {high}")
@@ -43,14 +48,23 @@ def between(low: float = 0.0, high: float = 1.0) -> Distribution:
 
 @gin.configurable
 def exponential(mean: float = 1.0) -> Distribution:
-    """Exponential, of this mean."""
+    """Exponential, of this mean.
+
+    Args:
+      mean: not negative.
+    """
     _check("exponential", "mean", mean)
     return Distribution(lambda rng, size: rng.exponential(mean, size))
 
 
 @gin.configurable
 def lognormal(median: float = 1.0, sigma: float = 1.0) -> Distribution:
-    """Log-normal: the logarithm has mean log(median) and standard deviation `sigma`."""
+    """Log-normal: the logarithm has mean log(median) and standard deviation `sigma`.
+
+    Args:
+      median: not negative.
+      sigma: not negative; 0 is the median alone.
+    """
     _check("lognormal", "median", median)
     _check("lognormal", "sigma", sigma)
     return Distribution(lambda rng, size: median * np.exp(sigma * rng.standard_normal(size)))
@@ -58,7 +72,11 @@ def lognormal(median: float = 1.0, sigma: float = 1.0) -> Distribution:
 
 @gin.configurable
 def half_normal(scale: float = 1.0) -> Distribution:
-    """|z| of a normal z of standard deviation `scale`."""
+    """|z| of a normal z of standard deviation `scale`.
+
+    Args:
+      scale: not negative.
+    """
     _check("half_normal", "scale", scale)
     return Distribution(lambda rng, size: np.abs(scale * rng.standard_normal(size)))
 

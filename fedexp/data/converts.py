@@ -21,6 +21,9 @@ def label_ids(names: Sequence[Any]) -> Convert:
 
     In a gin file: `csv.features = {'y': ('diagnosis', (), 'object', @label_ids())}` with
     `label_ids.names = ['benign', 'malignant']`. It raises UserError for any other label.
+
+    Args:
+      names: of all labels, in the order of their numbers from 0.
     """
     return _LabelIds(tuple(names))
 

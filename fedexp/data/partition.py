@@ -141,7 +141,12 @@ def _load(path: str) -> dict[str, np.ndarray]:
 
 @gin.configurable
 def iid(num_clients: int, seed: int = 0) -> Partitioner:
-    """Deals all examples out at random; sizes differ by one at most."""
+    """Deals all examples out at random; sizes differ by one at most.
+
+    Args:
+      num_clients: at most as many as there are examples.
+      seed: of the order.
+    """
     _check_counts(num_clients=num_clients)
 
     def partition(features: Mapping[str, np.ndarray]) -> list[np.ndarray]:

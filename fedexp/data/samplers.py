@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import gin
 import numpy as np
 
+from fedexp import shown
 from fedexp.errors import UserError
 from fedexp.streams import Stream, generator
 
@@ -73,6 +74,7 @@ class Sampler(NamedTuple):
     held_out: Callable[[Ids], np.ndarray] | None = None
     bind: Callable[[np.ndarray], Sampler] | None = None
     scheme: str | None = None
+    __repr__ = shown.fields
 
     def bound_to(self, examples: np.ndarray) -> Sampler:
         """The sampler for clients that train on so many examples in a round."""
@@ -84,6 +86,9 @@ def uniform(cohort_size: int = 10) -> Sampler:
     """Samples `cohort_size` different clients a round, every such cohort being equally likely.
 
     A round costs time and memory in proportion to the cohort, not to the population.
+
+    Args:
+      cohort_size: clients of a round, at most as many as there are.
     """
     _check_positive("cohort_size", cohort_size)
 
@@ -107,6 +112,9 @@ def poisson(expected_cohort_size: float) -> Sampler:
     This is the sampling that privacy amplification by subsampling is proved for (Abadi et al.,
     2016). The cohort's size varies and may be 0: such a round is run like any other, and redrawing it
     would void the privacy guarantee.
+
+    Args:
+      expected_cohort_size: clients of a round on average, at most as many as there are.
     """
     _check_positive("expected_cohort_size", expected_cohort_size)
 
@@ -131,6 +139,9 @@ def cyclic(cohort_size: int = 10) -> Sampler:
 
     So a client takes part once in num_clients // cohort_size rounds at most, which is what DP-FTRL needs to
     know (Kairouz et al. 2021, arXiv:2103.00039; Choquette-Choo et al. 2023, arXiv:2306.08153).
+
+    Args:
+      cohort_size: clients of a round, at most as many as there are.
     """
     _check_positive("cohort_size", cohort_size)
     orders: dict[tuple[int, int], np.ndarray] = {}

@@ -53,7 +53,11 @@ class Interval(NamedTuple):
 
 @gin.configurable("grid")
 def grid(values: Sequence[Any]) -> Grid:
-    """All of these values; a plain list is the same."""
+    """All of these values; a plain list is the same.
+
+    Args:
+      values: numbers, texts, or what else Gin can write.
+    """
     return Grid(tuple(values))
 
 
@@ -92,25 +96,45 @@ def log_grid(
 
 @gin.configurable("random_choice")
 def random_choice(values: Sequence[Any]) -> Choice:
-    """Draws one of these values for every point."""
+    """Draws one of these values for every point.
+
+    Args:
+      values: each as likely as the others.
+    """
     return Choice(tuple(values))
 
 
 @gin.configurable("random_uniform")
 def random_uniform(low: float, high: float) -> Interval:
-    """Draws a number between `low` and `high` for every point."""
+    """Draws a number between `low` and `high` for every point.
+
+    Args:
+      low: the least.
+      high: above it.
+    """
     return _check_interval("random_uniform", low, high)
 
 
 @gin.configurable("random_log_uniform")
 def random_log_uniform(low: float, high: float) -> Interval:
-    """Draws a number between `low` and `high` for every point, whose logarithm is uniform."""
+    """Draws a number between `low` and `high` for every point, whose logarithm is uniform.
+
+    Args:
+      low: the least, positive.
+      high: above it.
+    """
     return _check_interval("random_log_uniform", low, high, log=True)
 
 
 @gin.configurable("random_integer")
 def random_integer(low: int, high: int, log: bool = False) -> Interval:
-    """Draws an integer from `low` to `high`, both included, for every point."""
+    """Draws an integer from `low` to `high`, both included, for every point.
+
+    Args:
+      low: the least.
+      high: above it.
+      log: whether the logarithm is uniform, not the number; `low` is positive then.
+    """
     return _check_interval("random_integer", low, high, log=log, integer=True)
 
 

@@ -32,7 +32,11 @@ def inputs(
 
 @gin.configurable
 def scale(x: jax.Array) -> jax.Array:
-    """Decodes uint8 images to float32 in [0, 1], (B, H, W) to (B, H, W, 1); else returns x as is."""
+    """Decodes uint8 images to float32 in [0, 1], (B, H, W) to (B, H, W, 1); else returns x as is.
+
+    Args:
+      x: what the batch has, given by the task.
+    """
     if x.dtype != jnp.uint8:
         return x
     x = x.astype(jnp.float32) / 255

@@ -31,6 +31,9 @@ def top_k_accuracy(k: int = 5) -> Metric:
 
     A label whose logit is NaN is never among them.
 
+    Args:
+      k: from 1 to the number of classes.
+
     Raises:
       UserError: k is below 1; from the metric, it is greater than the number of classes.
     """

@@ -50,6 +50,19 @@ def test_every_entry_has_a_summary():
     assert [one.selector for one in entries().values() if not one.summary] == []
 
 
+def test_every_parameter_of_our_own_is_described():
+    ours = [
+        one for one in entries().values() if one.selector.startswith(("fedexp.", "optimizers."))
+    ]
+    assert len(ours) > 100
+    missing = {f"{one.name}.{p.name}" for one in ours for p in one.parameters if not p.text}
+    # Their docstrings name them in a sentence.
+    assert missing == {
+        *("auto.packing", "jit.packing"),
+        *(f"{name}.{of}" for name in ("mesh", "pmap") for of in ("packing", "num_devices")),
+    }
+
+
 def test_every_name_of_every_shipped_gin_file_is_in_the_reference(pages):
     texts = {file: (shipped_configs() / file).read_text() for file in config_files()}
     named = {n for text in texts.values() for n in re.findall(r"@(?:\w+/)*([A-Za-z]\w*)", text)}
@@ -106,3 +119,49 @@ def test_optax_is_in_it_with_its_defaults():
     eps = {one.name: one for one in entry("optax.rmsprop").parameters}["eps"]
     assert (eps.kind, float(eps.default)) == ("float", 1e-8)
     assert gin_config._REGISTRY["optax.rmsprop"] and eps.text
+
+
+def spans(page: Path) -> list[str]:
+    """What a document has in backticks; of the tables about other frameworks our side."""
+    lines = page.read_text().splitlines()
+    if page.name == "faq.md":
+        lines = [line.split("|")[-2] if line.startswith("| ") else line for line in lines]
+    return re.findall(r"`([^`\n]+)`", "\n".join(lines))
+
+
+# Names that are examples of a reader's own, and what is no name of Gin's.
+OWN = {"MyNet", "Linen", "Nnx", "my_module", "to_ids", "above", "database", "name", "gin"}
+ENDINGS = {"py", "gin", "md", "json", "csv", "db"}
+
+
+@pytest.mark.parametrize(
+    "page", sorted((PACKAGE.parent / "docs").glob("*.md")), ids=lambda p: p.stem
+)
+def test_documents_bind_names_and_parameters_that_there_are(page):
+    known: dict[str, set[str]] = {}
+    for one in entries().values():
+        for name in {one.name, one.name.rpartition(".")[2]}:
+            known.setdefault(name, set()).update(p.name for p in one.parameters)
+    for span in spans(page):
+        for name in re.findall(r"@(?:\w+/)*([A-Za-z]\w*)", span):
+            assert name in known or name in OWN, span
+        for name, of in re.findall(r"(?<![\w./'])(?:\w+/)*([A-Za-z]\w*)\.([a-z]\w*)", span):
+            assert name not in known or of in known[name] | ENDINGS, span
+
+
+def test_classes_that_questions_name_are_of_the_source():
+    defined = {
+        node.name
+        for file in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ClassDef)
+    }
+    page = PACKAGE.parent / "docs" / "faq.md"
+    ours = {line.split("|")[-2] for line in page.read_text().splitlines() if line[:2] == "| "}
+    named = {
+        name
+        for cell in ours
+        for span in re.findall(r"`([^`]+)`", cell)
+        for name in re.findall(r"(?<!@)\b[A-Z][a-z]+[A-Z]?\w*", span)
+    }
+    assert len(named) > 10 and named - {"None", "True", "ClientResult"} <= defined  # That is TFF's.

@@ -323,7 +323,8 @@ def _of_time(
     }
     for one in evaluations:
         last = f"{'' if one.is_measured else 'about '}{_seconds(one.last.later)} at the end"
-        often = f"{_seconds(one.on_the_way.later)} every {one.every} rounds, " if one.every else ""
+        when = ["at the start"] * one.at_start + [f"every {one.every} rounds"] * bool(one.every)
+        often = f"{_seconds(one.on_the_way.later)} {' and '.join(when)}, " if when else ""
         rows[f"evaluation {one.name}"] = often + last
     rows |= {
         f"all {num_rounds:,} rounds": _seconds(expected.rounds),

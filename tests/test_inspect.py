@@ -184,23 +184,26 @@ def test_slow_rounds_are_timed_once_and_taken_for_average_ones():
 
 @pytest.mark.parametrize(("tick", "last", "is_measured"), [(1.0, 1.0, True), (4.0, 14.0, False)])
 def test_long_evaluations_follow_from_shorter_ones(tick, last, is_measured):
-    one = session(evaluations=[Evaluate(every=3, clients=2)], sampler=uniform(3))
+    one = session(evaluations=[Evaluate(every=3, clients=2, at_start=True)], sampler=uniform(3))
     times = itertools.count(0.0, tick)
     (found,) = inspection.evaluating(one, one.first, lambda: next(times))
     assert (found.name, found.every, found.on_the_way) == ("test", 3, (tick, tick))
-    assert found.last.later == last and found.is_measured == is_measured
+    assert found.last.later == last and found.is_measured == is_measured and found.at_start
 
 
 def test_what_an_experiment_takes():
     costs = [
         Evaluating("a", 4, Timing(3.0, 1.0), Timing(8.0, 7.0), True),
         Evaluating("b", 0, Timing(2.0, 2.0), Timing(2.0, 2.0), False),
+        Evaluating("c", 5, Timing(0.5, 0.5), Timing(0.5, 0.5), True, at_start=True),
     ]
     found = inspection.expected(12, 10.0, Timing(6.0, 0.5), costs)
     evaluations = 0.0
-    for done in range(1, 13):
+    for done in range(13):
         for one in costs:
-            if done == 12:
+            if done == 0:
+                evaluations += one.on_the_way.later if one.at_start else 0.0
+            elif done == 12:
                 evaluations += one.last.later
             elif one.every and done % one.every == 0:
                 evaluations += one.on_the_way.later

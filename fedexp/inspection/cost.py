@@ -92,6 +92,7 @@ class Evaluating(NamedTuple):
       on_the_way: how long one of them takes.
       last: the same of the one after the last round, of all clients.
       is_measured: whether the last one was, or follows from the number of its clients.
+      at_start: whether one comes before the first round.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Evaluating(NamedTuple):
     on_the_way: Timing
     last: Timing
     is_measured: bool
+    at_start: bool = False
 
 
 class Expected(NamedTuple):
@@ -204,8 +206,10 @@ def evaluating(
         last, is_measured = Timing(seconds, seconds), about.num_clients == clients
         if not is_measured and seconds <= _LONG:
             (last, _), is_measured = measured(number, full=True), True
-        every = session.setup.evaluations[number].every
-        found.append(Evaluating(about.name, every, way, last, is_measured))
+        plan = session.setup.evaluations[number]
+        found.append(
+            Evaluating(about.name, plan.every, way, last, is_measured, plan.is_due_at_start)
+        )
     return found
 
 
@@ -223,7 +227,7 @@ def expected(
     once = training.once + sum(one.on_the_way.once + one.last.once for one in evaluations)
     of_evaluations = 0.0
     for one in evaluations:
-        on_the_way = (num_rounds - 1) // one.every if one.every else 0
+        on_the_way = one.at_start + ((num_rounds - 1) // one.every if one.every else 0)
         of_evaluations += on_the_way * one.on_the_way.later + one.last.later
     return Expected(built + once, num_rounds * training.later, of_evaluations)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax import traverse_util
 
 from fedexp import kept, paths
 from fedexp.checkpointing import checked, filled, first_line, named_leaves
@@ -56,12 +57,9 @@ def load_params(
       UserError: no such folder, no checkpoint, a damaged one, no best one, or one that is not like `like`.
     """
     found = read(workdir, best)
-    if "params" not in found.metadata:
-        raise UserError(
-            f"the checkpoint {found.path} is of an older fedexp, which did not say where its parameters are; "
-            "the same command with more rounds writes one that does"
-        )
-    params = _with_arrays(found.metadata["params"], found.arrays)
+    told = "params" in found.metadata
+    places = found.metadata["params"] if told else _places_by_name(found)
+    params = _with_arrays(places, found.arrays)
     return params if like is None else filled(like, named_leaves(params)[0], found.path)
 
 
@@ -128,6 +126,23 @@ def _on_this_machine(folder: str, round: int) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="fedexp-checkpoint-") as scratch:
         paths.download(url, paths.find(url), Path(scratch))
         yield Path(scratch)
+
+
+def _places_by_name(found: Snapshot) -> PyTree:
+    """Where the parameters are in a checkpoint that does not say so: in the state's field of this name.
+
+    Raises:
+      UserError: the state has no such field, or has lists in it.
+    """
+    field = "server.params."
+    names = [name for name in found.arrays if name.startswith(field)]
+    places = {tuple(name.removeprefix(field).split(".")): name for name in names}
+    if not places or any(part.isdecimal() for path in places for part in path):
+        raise UserError(
+            f"the checkpoint {found.path} is of an older fedexp, which did not say where its parameters are; "
+            "the same command with more rounds writes one that does"
+        )
+    return traverse_util.unflatten_dict(places)
 
 
 def _with_arrays(places: Any, arrays: dict[str, np.ndarray]) -> PyTree:

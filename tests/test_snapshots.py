@@ -133,7 +133,23 @@ def test_a_damaged_checkpoint_is_named(tmp_path, file):
         fedexp.load_params(tmp_path, best=False)
 
 
-def test_a_checkpoint_of_an_older_fedexp_is_told(tmp_path, monkeypatch):
+class Inner(NamedTuple):
+    inner: State
+
+    @property
+    def params(self):
+        return self.inner.params
+
+
+@pytest.mark.parametrize(
+    ("state", "is_found"),
+    [
+        (State({"a": {"w": np.ones(3)}, "b": np.zeros(2)}), True),
+        (State([np.ones(3)]), False),
+        (Inner(State({"w": np.ones(3)})), False),
+    ],
+)
+def test_a_checkpoint_of_an_older_fedexp_is_read_or_told(state, is_found, tmp_path, monkeypatch):
     saver = Saver(tmp_path, CheckpointPlan(best_metric=None), None, {})
     monkeypatch.setattr(
         checkpointing.Checkpointer,
@@ -142,10 +158,13 @@ def test_a_checkpoint_of_an_older_fedexp_is_told(tmp_path, monkeypatch):
             self, round, state, {k: v for k, v in about.items() if k != "params"}, *rest, **more
         ),
     )
-    saver.save(Saved(3, State({"w": np.ones(3)}), [], None))
+    saver.save(Saved(3, state, [], None))
     saver.close()
-    with pytest.raises(UserError, match="of an older fedexp"):
-        fedexp.load_params(tmp_path, best=False)
+    if is_found:
+        assert_same(fedexp.load_params(tmp_path, best=False), state.params)
+    else:
+        with pytest.raises(UserError, match="of an older fedexp"):
+            fedexp.load_params(tmp_path, best=False)
 
 
 def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch, capsys):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from fedexp import shown
 from fedexp.data import Batch, ClientBatching, FederatedDataset
 from fedexp.traffic import Traffic
 
@@ -286,7 +287,7 @@ class Aggregated(NamedTuple):
     metrics: Metrics = NOTHING
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Aggregator:
     """What happens to client updates on their way to the server.
 
@@ -313,6 +314,7 @@ class Aggregator:
     averages: bool = False
     bound: Any = None
     noise: Noise | None = None
+    __repr__ = shown.fields
 
 
 # --- What an algorithm is -----------------------------------------------------------------------
@@ -364,7 +366,7 @@ def unstepped(personal: Callable[[PyTree, Clients], PyTree]) -> Personalisation:
     return Personalisation(ClientWork(personal, step, finish))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Algorithm:
     """A federated algorithm.
 
@@ -395,3 +397,4 @@ class Algorithm:
     evaluates: str = "server's"
     needs: Mapping[str, str] = dataclasses.field(default_factory=dict)
     heeds_rate: bool = True
+    __repr__ = shown.fields

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import optax
 import pytest
 
 from fedexp import shown
-from fedexp.data import Batch, FederatedDataset, FederatedSplits
+from fedexp.aggregators import mean
+from fedexp.algorithms import fedavg
+from fedexp.data import Batch, FederatedDataset, FederatedSplits, uniform
 from fedexp.evaluation import Evaluation
 from fedexp.session import Round
 from fedexp.trainer import Experiment, TrainResult
@@ -53,6 +56,10 @@ def test_parameters_are_counted():
             20,
             "num_rounds: 7",
         ),
+        (linear.task(), 14, "init: "),
+        (uniform(3), 7, "cohort_size: 3"),
+        (fedavg(linear.task(), optax.sgd(0.5), optax.sgd(1.0)), 12, "round: averaging"),
+        (mean(), 11, "reduces: True"),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedexp import shown
 from fedexp.data.dataset import Batch, FederatedDataset
 from fedexp.errors import UserError
 from fedexp.tasks.statistics import join_statistics, split_statistics
@@ -38,7 +39,7 @@ Metric = Callable[..., Measure]
 Derived = Callable[[Mapping[str, jax.Array]], jax.Array]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Task:
     """A model, a loss and metrics, as pure functions of a batch of features as they are stored.
 
@@ -80,6 +81,7 @@ class Task:
     images: Callable[[Features], np.ndarray | None] | None = None
     check: Callable[[FederatedDataset], None] = lambda dataset: None
     apply_and_update: Callable[..., tuple[Any, dict[str, PyTree]]] | None = None
+    __repr__ = shown.fields
 
     def __post_init__(self) -> None:
         if "loss" in {*self.metrics, *self.derived}:

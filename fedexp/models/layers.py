@@ -107,7 +107,7 @@ def convolve(
     Returns:
       (B, H_out, W_out, C_out).
     """
-    if _on_tpu():
+    if on_tpu():
         return _convolve_tpu(x, kernel, strides, padding)
     pads = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
     if any(map(any, pads)):
@@ -117,7 +117,7 @@ def convolve(
     return _convolve_patches(x, kernel, strides)
 
 
-def _on_tpu() -> bool:
+def on_tpu() -> bool:
     """Whether what is traced now is compiled for a TPU."""
     return jax.default_backend() == "tpu"
 
@@ -269,7 +269,7 @@ def max_pool_2x2(x: jax.Array) -> jax.Array:
     Returns:
       (B, H // 2, W // 2, C).
     """
-    return _max_pool_tpu(x) if _on_tpu() else _max_pool_sharing(x)
+    return _max_pool_tpu(x) if on_tpu() else _max_pool_sharing(x)
 
 
 def _max_pool_tpu(x: jax.Array) -> jax.Array:
@@ -342,7 +342,7 @@ def _random_words(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     Threefry numbers words of several axes by 64-bit products, for which a TPU, that has none, runs three
     kernels more.
     """
-    drawn = (math.prod(shape),) if _on_tpu() else shape
+    drawn = (math.prod(shape),) if on_tpu() else shape
     return jax.random.bits(key, drawn, jnp.uint32).reshape(shape)
 
 

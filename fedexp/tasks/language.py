@@ -11,6 +11,7 @@ import numpy as np
 
 from fedexp.data.dataset import FederatedDataset
 from fedexp.errors import UserError
+from fedexp.models.layers import on_tpu
 from fedexp.tasks.base import Features, Measure, Metric, Task
 from fedexp.tasks.checks import CHECKED_ROWS, check_features, check_ids
 from fedexp.tasks.flax_task import Precision, flax_task
@@ -104,7 +105,10 @@ def _labels(batch: Features) -> jax.Array:
 
 
 def _own(logits: jax.Array, batch: Features) -> jax.Array:
-    """The logits of the labels, (B, L)."""
+    """The logits of the labels, (B, L); on TPU not by a gather, which takes them one by one."""
+    if on_tpu():
+        is_label = jnp.arange(logits.shape[-1]) == _labels(batch)[..., None]
+        return jnp.where(is_label, logits, 0).sum(-1)
     return jnp.take_along_axis(logits, _labels(batch)[..., None], axis=-1)[..., 0]
 
 
@@ -112,11 +116,14 @@ def _highest(logits: jax.Array, special: tuple[int, ...]) -> tuple[jax.Array, ja
     """The highest logit of the words, and of all ids, (B, L) each.
 
     Loss and metrics all start from here, so that XLA reads the logits once for all of them; an argmax
-    besides would cost as much as a tenth of the training step.
+    besides would cost as much as a tenth of the training step. On TPU it is the maximum of all again: to take
+    the special ones' logits alone, all would be laid out anew.
     """
     logits = jax.lax.stop_gradient(logits)
     is_special = np.isin(np.arange(logits.shape[-1]), special)
     of_words = jnp.where(is_special, -jnp.inf, logits).max(-1)
+    if on_tpu():
+        return of_words, logits.max(-1)
     return of_words, jnp.maximum(of_words, logits[..., np.array(special)].max(-1))
 
 

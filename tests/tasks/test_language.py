@@ -65,14 +65,18 @@ def reference(logits: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {name: np.stack([sums[name] for sums in rows], 1) for name in rows[0]}
 
 
-def test_measures_against_numpy():
+@pytest.mark.parametrize("backend", ["cpu", "tpu"])
+def test_measures_against_numpy(backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     task = next_token(LSTM)
     # Most labels have the highest logit, one of them only among the words.
     logits = np.random.default_rng(0).normal(size=(4, 6, VOCAB)).astype(np.float32)
     np.put_along_axis(logits[:, 1:], TOKENS[:, 2:, None].astype(int), 3.0, axis=2)
     logits[1, 2, EOS] = 4.0
     logits[1, 5, 1] = 4.0
-    found = jax.jit(lambda logits: measures(task, logits, BATCH))(logits)
+    measured = jax.jit(lambda logits: measures(task, logits, BATCH))
+    assert ("gather" in str(jax.make_jaxpr(measured)(logits))) == (backend != "tpu")
+    found = measured(logits)
     expected = reference(logits)
     assert found.keys() == expected.keys()
     for name, measure in found.items():
@@ -82,7 +86,9 @@ def test_measures_against_numpy():
     assert len({round(mean, 6) for mean in means.values()}) == len(means)
 
 
-def test_the_loss_is_the_mean_over_tokens():
+@pytest.mark.parametrize("backend", ["cpu", "tpu"])
+def test_the_loss_is_the_mean_over_tokens(backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     task = next_token(Table())
     params = task.init(KEY, BATCH)
     mask = np.array([True, True, False, True])

@@ -53,7 +53,8 @@ def write(path: PathLike, content: str | bytes) -> None:
             store.pipe_file(inside, data)
         return
     target = Path(path)
-    partial = target.with_name(f"{target.name}.partial")
+    # By a name of this process, for others may write the same file.
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     partial.write_bytes(data)
     replace(partial, target)
 

@@ -435,3 +435,11 @@ def test_a_run_that_was_stopped_goes_on_in_the_bucket(s3, tmp_path):
         folder = tmp_path / "events" / tag
         s3.get(s3.glob(f"bucket/run/{run}events*"), f"{folder}/")
         assert list(tensors(folder)[tag]) == list(range(1, rounds + 1))
+
+
+def test_two_processes_may_write_a_file_at_once(tmp_path):
+    code = "from fedexp import paths\nfor _ in range(100): paths.write('a', 'x' * 1000)"
+    running = [subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path) for _ in range(2)]
+    assert [process.wait() for process in running] == [0, 0]
+    assert (tmp_path / "a").read_text() == "x" * 1000
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

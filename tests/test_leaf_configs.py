@@ -21,14 +21,18 @@ BINDINGS = (
     "uniform.cohort_size",
     "ClientBatching.batch_size",
 )
-# MODEL_PARAMS of the same file: places of words, units, layers.
+# MODEL_PARAMS of the same file: places of words, units, layers. The norm is models/reddit/stacked_lstm.py's.
 MODELS = {
     "sent140": {
         "word_ids.length": 25,
         "LSTMClassifier.hidden_size": 100,
         "LSTMClassifier.num_layers": 2,
     },
-    "reddit": {"LSTMLanguageModel.hidden_size": 256, "LSTMLanguageModel.num_layers": 2},
+    "reddit": {
+        "LSTMLanguageModel.hidden_size": 256,
+        "LSTMLanguageModel.num_layers": 2,
+        "clip_gradients.norm": 5.0,
+    },
 }
 
 

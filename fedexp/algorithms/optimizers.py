@@ -210,6 +210,26 @@ def yogi(
     )
 
 
+@gin.configurable(module="optimizers")
+def clip_gradients(
+    optimizer: optax.GradientTransformation, norm: float
+) -> optax.GradientTransformation:
+    """An optimizer of gradients whose L2 norm, over all arrays, is clipped first.
+
+    So do Pascanu et al. 2013 (arXiv:1211.5063). As `fedavg.client_optimizer` it clips every batch's gradient,
+    where the aggregator `clip_by_norm` clips a client's whole update.
+
+    Args:
+      optimizer: what is done with the clipped gradients.
+      norm: the largest that stays as it is, positive.
+
+    Raises:
+      UserError: a norm that is not positive.
+    """
+    check(norm > 0, f"clip_gradients.norm must be positive, got {norm}")
+    return optax.chain(optax.clip_by_global_norm(norm), optimizer)
+
+
 for _name in _OPTAX_OPTIMIZERS:
     gin.external_configurable(_checked(getattr(optax, _name), _name), name=_name, module="optax")
 for _name in _OPTAX_SCHEDULES:

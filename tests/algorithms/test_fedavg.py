@@ -225,3 +225,14 @@ def test_weighing_by_tokens_gives_the_aggregator_the_weights_in_the_loss():
 def test_unknown_weighting_is_refused():
     with pytest.raises(UserError, match="'examples', 'tokens' or 'uniform', got 'words'"):
         fedavg(linear.task(), optax.sgd(1.0), optax.sgd(1.0), weigh_by="words")
+
+
+def test_gradients_are_clipped_over_all_arrays_before_the_step():
+    optimizer = optimizers.clip_gradients(optax.sgd(0.5), norm=5.0)
+    for scale, kept in ((1.0, 0.5), (0.1, 1.0)):  # Of the norms 10 and 1.
+        gradients = {"a": np.float32([6 * scale, 0]), "b": np.float32([-8 * scale])}
+        updates, _ = optimizer.update(gradients, optimizer.init(gradients))
+        for name, gradient in gradients.items():
+            np.testing.assert_allclose(updates[name], -0.5 * kept * gradient, rtol=1e-6)
+    with pytest.raises(UserError, match=r"clip_gradients\.norm must be positive"):
+        optimizers.clip_gradients(optax.sgd(0.5), norm=0.0)

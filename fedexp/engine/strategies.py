@@ -17,27 +17,54 @@ from fedexp.errors import UserError
 
 @gin.configurable
 def jit(packing: Packing | None = None) -> Strategy:
-    """One device, one XLA program a round."""
+    """One device, one XLA program a round.
+
+    Args:
+      packing: how clients are laid out on it; `Packing()` as Gin binds it if None.
+
+    Raises:
+      UserError: there are several processes.
+    """
     _refuse_processes("jit")
     return Strategy(one_device(), packing or Packing())
 
 
 @gin.configurable
 def pmap(packing: Packing | None = None, num_devices: int | None = None) -> Strategy:
-    """The devices of one host, all if `num_devices` is None, through `jax.pmap`."""
+    """The devices of one host, through `jax.pmap`.
+
+    Args:
+      packing: how clients are laid out on each; `Packing()` as Gin binds it if None.
+      num_devices: how many of them, from the first one on; all if None.
+
+    Raises:
+      UserError: there are several processes, or not so many devices.
+    """
     _refuse_processes("pmap")
     return Strategy(pmapped(num_devices), packing or Packing())
 
 
 @gin.configurable
 def mesh(packing: Packing | None = None, num_devices: int | None = None) -> Strategy:
-    """`num_devices` devices of every process, all if None, through `jax.shard_map`."""
+    """The devices of all processes, through `jax.shard_map`.
+
+    Args:
+      packing: how clients are laid out on each; `Packing()` as Gin binds it if None.
+      num_devices: how many of every process, from its first one on; all if None.
+
+    Raises:
+      UserError: a process has not so many devices.
+    """
     return Strategy(meshed(num_devices), packing or Packing())
 
 
 @gin.configurable
 def auto(packing: Packing | None = None) -> Strategy:
-    """`jit` where there is one device, `mesh` where there are more."""
+    """`jit` where there is one device, `mesh` where there are more.
+
+    Args:
+      packing: how clients are laid out on each; `Packing()` as Gin binds it if None.
+    """
     devices, processes = jax.device_count(), jax.process_count()
     chosen = jit if devices == 1 else mesh
     logging.info(

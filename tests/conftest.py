@@ -1,10 +1,7 @@
 """Settings of all tests."""
 
-import contextlib
-import gc
 import os
 import tempfile
-from pathlib import Path
 
 import gin
 import pytest
@@ -29,15 +26,3 @@ os.environ.setdefault(
 def _no_bindings_from_other_tests():
     yield
     gin.clear_config()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_programs_from_other_files():
-    """Linux lets a process have 65,530 pieces of memory, and compiled programs have dozens each."""
-    import jax  # Not before the environment is set.
-
-    yield
-    with contextlib.suppress(FileNotFoundError):  # As on macOS.
-        if Path("/proc/self/maps").read_bytes().count(b"\n") > 15_000:
-            gc.collect()
-            jax.clear_caches()

@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 ACCELERATOR ?= cuda
 BENCH ?=
 export NO_MKDOCS_2_WARNING := 1
+# Where programs are looked for if the environment does not say.
+export PATH ?= /usr/local/bin:/usr/bin:/bin
 
 .PHONY: quickstart test slow lint docs tutorials links bench-gpu clean
 

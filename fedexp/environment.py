@@ -41,8 +41,10 @@ def note(workdir: str | os.PathLike) -> None:
 
 
 def last(workdir: str | os.PathLike) -> dict[str, Any]:
-    """What `environment.json` has of the latest start; empty if there is none, or nothing legible."""
-    return (_entries(workdir) or [{}])[-1]
+    """What `environment.json` has of the latest start; empty if there is none, or it is somebody else's."""
+    found = (_entries(workdir) or [{}])[-1]
+    is_ours = isinstance(found, dict) and {"host", "devices", "versions", "commits"} <= found.keys()
+    return found if is_ours else {}
 
 
 def texts(entry: Mapping[str, Any]) -> dict[str, str]:

@@ -83,3 +83,9 @@ def test_a_damaged_file_is_begun_anew_and_an_unwritable_folder_refused(tmp_path)
     assert len(json.loads((tmp_path / "environment.json").read_text())) == 1
     with pytest.raises(UserError, match="cannot write to --workdir=.*gone"):
         environment.note(tmp_path / "gone")
+
+
+@pytest.mark.parametrize("text", ["[1]", '[{"host": "a"}]', "{}", "no JSON"])
+def test_what_somebody_else_has_left_tells_nothing(tmp_path, text):
+    (tmp_path / environment.NAME).write_text(text)
+    assert environment.line(environment.last(tmp_path)) == ""

@@ -102,7 +102,7 @@ class Placement:
         return parts if self.num_devices == 1 else self.split(parts)
 
     def any_row(self, tree: PyTree) -> PyTree:
-        """Of arrays (D, ...) whose rows are alike the row that a device has itself, replicated."""
+        """A row of arrays (D, ...) whose rows are all the same, replicated: each device takes its own."""
 
         def first(tree: PyTree) -> PyTree:
             return jax.tree.map(lambda leaf: leaf[0], tree)

@@ -46,8 +46,12 @@ def refusal(*arguments) -> str:
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
-    # absl's INFO lines begin with the letter and the date.
-    return "\n".join(line for line in done.stderr.splitlines() if not re.match(r"I\d{4} ", line))
+    return answer(done.stderr)
+
+
+def answer(errors: str) -> str:
+    """What is on stderr but for absl's INFO lines, which begin with the letter and the date."""
+    return "\n".join(line for line in errors.splitlines() if not re.match(r"I\d{4} ", line))
 
 
 def test_help_names_the_flags_and_imports_neither_jax_nor_gin():
@@ -127,7 +131,7 @@ def test_an_early_ctrl_c_is_one_line(seconds):
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert errors == "interrupted\n" and output == ""
+    assert answer(errors) == "interrupted" and output == ""
 
 
 def test_an_unwritable_workdir_is_refused(tmp_path):

@@ -155,7 +155,7 @@ def test_a_second_signal_kills(tmp_path):
     sweep = start(folder, "--gin_param=task.pause = 30", text=text)
     await_attempts(folder, 1)
     sweep.terminate()
-    assert "SIGTERM passed on" in sweep.stderr.readline()
+    assert any("SIGTERM passed on" in line for line in sweep.stderr)
     sweep.terminate()
     assert finish(sweep)[0] == 128 + signal.SIGTERM
 

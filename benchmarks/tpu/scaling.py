@@ -62,7 +62,8 @@ def busy_devices(session: Session, prepared: PreparedRound) -> list[Trips]:
     steps = batching.num_steps(batching.limited(np.asarray(sizes)[prepared.clients]))
     devices = prepared.slots // prepared.num_slots
     clients, steps = np.bincount(devices), np.bincount(devices, weights=steps)
-    return [Trips(*counts, [1.0]) for counts in zip(clients, steps, strict=True) if counts[0]]
+    busy = zip(clients, steps, strict=True)
+    return [Trips(ends, count, [1.0], ends) for ends, count in busy if ends]
 
 
 def all_reduce(topology: str, devices: int, model_bytes: int) -> float | None:

@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 # What brings the accelerator to JAX, an extra of setup.py: cuda, cuda12 or tpu.
 ACCELERATOR ?= cuda
 BENCH ?=
+# One that ends within a test is not replaced: the run could wait for ever.
+PYTEST := $(BIN)/python -m pytest -n 2 --max-worker-restart=0
 export NO_MKDOCS_2_WARNING := 1
 # Where programs are looked for if the environment does not say.
 export PATH ?= /usr/local/bin:/usr/bin:/bin
@@ -16,10 +18,10 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python -m fedexp.main --gin_file=quickstart.gin --workdir=$(WORKDIR)
 
 test: $(VENV)/.tested
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+	$(PYTEST) --dist loadfile -m 'not slow'
 
 slow: $(VENV)/.tested
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+	$(PYTEST) --dist loadfile -m slow
 
 lint: $(VENV)/.linted
 	$(BIN)/ruff check .
@@ -31,7 +33,7 @@ docs: $(VENV)/.documented
 
 # Runs them, as the slow tests do, and builds the site with what they print and draw.
 tutorials: $(VENV)/.tested
-	$(BIN)/python -m pytest -n 2 tests/test_tutorials.py
+	$(PYTEST) tests/test_tutorials.py
 	$(MAKE) docs
 
 # Those that lead out of the site; it needs the network.

@@ -136,7 +136,7 @@ def write_tfrecord(
         for path, indices in zip(files, shards, strict=True):
             with tf.io.TFRecordWriter(str(Path(scratch) / path.name)) as writer:
                 for index in indices:
-                    for record in _records(tf, dataset, index, client_id):
+                    for record in _records(tf, dataset, int(index), client_id):
                         writer.write(record)
         for path in files:
             paths.replace(Path(scratch) / path.name, path)

@@ -16,7 +16,9 @@ def _dense(num_outputs: int, x: jax.Array) -> jax.Array:
     """Maps (B, d) to (B, num_outputs) by a layer of the calling module, which starts as PyTorch's do."""
     bound = x.shape[1] ** -0.5
 
-    def start(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    def start(
+        key: jax.Array, shape: Sequence[int], dtype: jax.typing.DTypeLike = jnp.float32
+    ) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return Dense(num_outputs, kernel_init=start, bias_init=start)(x)

@@ -75,7 +75,9 @@ def word_vectors(path: str) -> Initializer:
     """
     file = features_lib.existing(path)
 
-    def init(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    def init(
+        key: jax.Array, shape: tuple[int, int], dtype: jax.typing.DTypeLike = jnp.float32
+    ) -> jax.Array:
         table, num_words = np.zeros(shape, np.float32), shape[0] - 4
         with file.open(encoding="utf-8", errors="replace") as lines:
             rows = [line.split()[1:] for line in itertools.islice(lines, num_words)]

@@ -478,7 +478,7 @@ class Checkpointer:
           template: a pytree with the saved one's structure, dtypes and shapes. A leaf comes back as
             what stands in the template: a jax.Array with its sharding, a NumPy array or a number.
             A `jax.ShapeDtypeStruct` stands for an array on the host, or on its `sharding` if it
-            has one; `None` among its dimensions allows any size.
+            has one; `kept.Rows` for one on the host of any number of rows.
 
         Returns:
           The state and the metadata given to `save`.
@@ -698,7 +698,7 @@ def _fill(template: PyTree, arrays: Mapping[str, np.ndarray], path: str) -> PyTr
 
 def _signature(leaf: Any) -> tuple[np.dtype, tuple[int | None, ...]]:
     leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
-    return leaf.dtype, leaf.shape
+    return np.dtype(leaf.dtype), leaf.shape
 
 
 def _kind(leaf: Any) -> str:
@@ -721,7 +721,7 @@ def _place(array: np.ndarray, like: Any) -> Any:
             return jnp.asarray(array)
         case jax.Array() | jax.ShapeDtypeStruct() if like.sharding is not None:
             return jax.device_put(array, like.sharding)
-        case np.ndarray() | jax.ShapeDtypeStruct():
+        case np.ndarray() | jax.ShapeDtypeStruct() | kept.Rows():
             return array
         case np.generic():
             return array[()]

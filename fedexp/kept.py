@@ -6,8 +6,10 @@ it is complete with the file that Orbax leaves in it.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from fedexp import paths
 
@@ -15,6 +17,23 @@ from fedexp import paths
 ADDED = "added.json"
 # In a bucket it is the last to come and the first to go.
 _COMMITTED = "commit_success.txt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Stands for an array in a checkpoint, on the host, as many of whose rows are wanted as there are.
+
+    Attributes:
+      row: the shape of one.
+      dtype: a NumPy dtype.
+    """
+
+    row: tuple[int, ...]
+    dtype: Any
+
+    @property
+    def shape(self) -> tuple[int | None, ...]:
+        return (None, *self.row)
 
 
 def rounds(workdir: paths.PathLike) -> list[int]:

@@ -23,6 +23,7 @@ import pytest
 
 from fedexp.checkpointing import Checkpointer
 from fedexp.errors import UserError
+from fedexp.kept import Rows
 
 
 @flax.struct.dataclass
@@ -131,13 +132,13 @@ def test_rows_of_a_size_known_only_to_the_checkpoint(tmp_path):
             template = {
                 "w": jnp.zeros(2),
                 "clients": {
-                    "rows": {"c": jax.ShapeDtypeStruct((None, 4), np.float32)},
-                    "indices": jax.ShapeDtypeStruct((None,), np.int64),
+                    "rows": {"c": Rows((4,), np.float32)},
+                    "indices": Rows((), np.int64),
                 },
             }
             restored, _ = checkpointer.restore(round, template)
             assert_same(restored, {"w": jnp.ones(2), "clients": clients})
-        template["clients"]["rows"]["c"] = jax.ShapeDtypeStruct((None, 5), np.float32)
+        template["clients"]["rows"]["c"] = Rows((5,), np.float32)
         with pytest.raises(
             UserError, match=r"clients.rows.c is float32\[11,4\] .* float32\[\*,5\]"
         ):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from fedexp import kept
 from fedexp.engine.state_store import InMemory, StateStore, name_of, processes_of
 from fedexp.errors import UserError
 
@@ -73,9 +74,9 @@ class ClientStates:
         return saved if jax.process_count() == 1 else _of_all_processes(saved)
 
     def template(self) -> PyTree:
-        """The shapes and dtypes of what `save` returns; None stands for the clients seen by then."""
-        rows = [jax.ShapeDtypeStruct((None, *leaf.shape), leaf.dtype) for leaf in self._first]
-        return {"clients": jax.ShapeDtypeStruct((None,), np.int64), "rows": rows}
+        """What stands for what `save` returns in a checkpoint, of however many clients."""
+        rows = [kept.Rows(leaf.shape, leaf.dtype) for leaf in self._first]
+        return {"clients": kept.Rows((), np.dtype(np.int64)), "rows": rows}
 
     def load(self, saved: PyTree) -> None:
         """Takes over what `save` returned, possibly on another number of processes."""

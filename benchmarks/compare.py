@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     libraries = [
         Library(OURS, "fedexp_peer.py", sys.executable, str(ROOT), OURS),
-        *earlier(arguments.before),
+        *earlier(arguments.before, arguments.before_python),
         Library(
             FEDJAX, "fedjax_peer.py", arguments.fedjax_python, arguments.fedjax_source, "fedjax"
         ),
@@ -138,6 +138,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         add(f"--{option}_python", help=f"interpreter of {name}'s virtual environment")
         add(f"--{option}_source", help=f"a checkout of {name} to use instead of the package")
     add("--before", help="a checkout of an earlier fedexp, to compare with as another library")
+    add("--before_python", default=sys.executable, help="its interpreter, as of another JAX")
     add("--show", help="a file of figures to show, also as Markdown; nothing is measured")
     add("--output", help="where the figures go as JSON")
     add("--plot", help="a PNG to draw")
@@ -163,7 +164,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(
             f"--algorithms: agnostic needs classes, and {', '.join(texts)} has none; leave one out"
         )
-    for option in ("fedjax_python", "pfl_python"):
+    for option in ("fedjax_python", "pfl_python", "before_python"):
         path = getattr(arguments, option)
         if path and not os.access(path, os.X_OK):
             parser.error(f"--{option}: {path} is not an interpreter")
@@ -174,13 +175,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def earlier(checkout: str | None) -> list[Library]:
-    """An older fedexp with the peer of its time, in this interpreter; nothing without a checkout."""
+def earlier(checkout: str | None, python: str) -> list[Library]:
+    """An older fedexp with the peer of its time, in that interpreter; nothing without a checkout."""
     if checkout is None:
         return []
     folder = Path(checkout).resolve()
     script = folder / "benchmarks" / "peers" / "fedexp_peer.py"
-    return [Library(BEFORE, str(script), sys.executable, str(folder), OURS)]
+    return [Library(BEFORE, str(script), python, str(folder), OURS)]
 
 
 def of_algorithm(algorithm: str, libraries: Sequence[Library]) -> list[Library]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from flax import linen as nn
 
 import fedexp.trainer  # noqa: F401  Registers what the files name.
 from fedexp import bindings, config
+from fedexp.bindings.signatures import annotations_of
 from fedexp.data import FederatedDataset, FederatedSplits
 from fedexp.errors import UserError
 from fedexp.main import experiment
@@ -117,6 +119,20 @@ def test_annotations_of_users_count(value):
     message = "own_algorithm.rate = .* must be float"
     with pytest.raises(UserError, match=message):
         config.load([], [f"own_algorithm.rate = {value}"])
+
+
+def test_annotations_need_not_be_text(tmp_path, monkeypatch):
+    """Nor are they without `from __future__ import annotations`; Python 3.14 looks them up late."""
+    (tmp_path / "own_code.py").write_text(
+        "import dataclasses\n"
+        "@dataclasses.dataclass\nclass Plan:\n    size: int = 3\n"
+        "@dataclasses.dataclass\nclass Longer(Plan):\n    rate: float = 0.5\n"
+        "def made(plan: Plan, of: 'Gone' = None) -> Longer: ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    own = importlib.import_module("own_code")
+    assert annotations_of(own.Longer) == {"size": int, "rate": float}
+    assert annotations_of(own.made) == {"plan": own.Plan, "return": own.Longer}
 
 
 def test_a_file_is_held_to_it_too_and_is_named_with_the_line(tmp_path):

@@ -36,20 +36,28 @@ def annotations_of(made: Callable[..., Any]) -> dict[str, Any]:
     """Those that can be looked up, one by one: a name that exists for type checkers only hides no other."""
     if inspect.isclass(made) and dataclasses.is_dataclass(made):
         sources = [
-            (vars(kind).get("__annotations__", {}), vars(sys.modules[kind.__module__]))
+            (own_annotations(kind), vars(sys.modules[kind.__module__]))
             for kind in reversed(inspect.getmro(made))
         ]
     else:
         function = inspect.unwrap(made.__init__ if inspect.isclass(made) else made)
-        annotations = getattr(function, "__annotations__", {})
-        sources = [(annotations, getattr(function, "__globals__", {}))]
+        sources = [(own_annotations(function), getattr(function, "__globals__", {}))]
     found = {}
-    for annotations, names in sources:
-        for name, annotation in annotations.items():
+    for own, names in sources:
+        for name, annotation in own.items():
             one = types.SimpleNamespace(__annotations__={name: annotation})
             with contextlib.suppress(Exception):
                 found[name] = typing.get_type_hints(one, dict(names))[name]
     return found
+
+
+def own_annotations(made: Callable[..., Any]) -> Mapping[str, Any]:
+    """Those of a function, or of a class without its bases'; they may be text."""
+    if sys.version_info < (3, 14):
+        return inspect.get_annotations(made)
+    import annotationlib  # Which looks names up only now, and leaves those that are not there.
+
+    return annotationlib.get_annotations(made, format=annotationlib.Format.FORWARDREF)
 
 
 def hint_of(key: Key) -> Any:

@@ -18,7 +18,7 @@ from gin import config_parser
 
 from fedexp import bindings, config, trainer  # noqa: F401  For Gin's names.
 from fedexp.bindings.fitting import describe
-from fedexp.bindings.signatures import annotations_of, parameters_of
+from fedexp.bindings.signatures import annotations_of, own_annotations, parameters_of
 from fedexp.errors import UserError
 from fedexp.sweeps import description  # noqa: F401  Likewise.
 
@@ -369,7 +369,7 @@ def _default(made: Any, parameter: inspect.Parameter) -> str:
 def _source(made: Any, name: str, factory: Callable[[], Any]) -> str:
     """What a field's default factory makes, as its source has it."""
     for kind in inspect.getmro(made):
-        if name in vars(kind).get("__annotations__", {}):
+        if name in own_annotations(kind):
             for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(kind)))):
                 if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == name:
                     made_by = [n.body for n in ast.walk(node) if isinstance(n, ast.Lambda)]

@@ -28,6 +28,7 @@ from benchmarks import machine
 HERE = Path(__file__).parent
 MARKS = "<!-- table -->", "<!-- end -->"
 SECONDS = "seconds.txt"  # What a run took, in its workdir once it is finished.
+SPENT = "seconds_so_far.txt"  # And one that was stopped, a line each time.
 
 
 def described(name: str) -> dict[str, Any]:
@@ -67,12 +68,19 @@ def train(name: str, only: str, data: str, folder: Path, extra: Sequence[str]) -
         ]
         for some in [runs] if row.get("together") and runs else [[run] for run in runs]:
             begin = time.monotonic()
-            subprocess.run(
-                _command(files, params, some, folder_of(folder, row) / "together"), check=True
-            )
-            for run in some:
+            try:
+                subprocess.run(
+                    _command(files, params, some, folder_of(folder, row) / "together"), check=True
+                )
+            finally:
                 took = (time.monotonic() - begin) / len(some)
-                Path(run["workdir"], SECONDS).write_text(f"{took:.2f}\n")
+                folders = [Path(run["workdir"]) for run in some]
+                for workdir in filter(Path.is_dir, folders):
+                    with (workdir / SPENT).open("a") as file:
+                        file.write(f"{took:.2f}\n")
+            for workdir in folders:
+                spent = sum(map(float, (workdir / SPENT).read_text().split()))
+                (workdir / SECONDS).write_text(f"{spent:.2f}\n")
 
 
 def _command(

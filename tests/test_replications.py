@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from pathlib import Path
 
 import gin
 import numpy as np
@@ -95,6 +97,24 @@ def test_the_table_has_means_deviations_and_first_rounds(tmp_path):
     assert lines[2] == ["a", "", "71", "71.0 ± 1.4", "2 ± 1", "2", "2", "30"]
     assert lines[3] == ["b", "1.0", "", "50.0", "not in 2", "1", "2", "30"]
     assert lines[4] == ["c", "", "", "not run", "not run", "", "", ""]
+
+
+def test_a_run_that_was_stopped_took_all_its_seconds(tmp_path, monkeypatch):
+    clock, codes = iter([0.0, 30.0, 100.0, 112.0]), iter([1, 0])
+    monkeypatch.setattr(replications.time, "monotonic", lambda: next(clock))
+
+    def run(command, check):
+        Path(command[3].removeprefix("--workdir=")).mkdir(parents=True, exist_ok=True)
+        subprocess.CompletedProcess(command, next(codes)).check_returncode()
+
+    monkeypatch.setattr(replications.subprocess, "run", run)
+    only = "2NN, 2 shards, 0.1, 1, 10; rate 0.0464"
+    with pytest.raises(subprocess.CalledProcessError):
+        replications.train("mcmahan", only, "/data", tmp_path, [])
+    assert not list(tmp_path.rglob("seconds.txt"))
+    replications.train("mcmahan", only, "/data", tmp_path, [])
+    (seconds,) = tmp_path.rglob("seconds.txt")
+    assert float(seconds.read_text()) == 42
 
 
 def digits(path, size: int = 1000) -> None:

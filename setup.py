@@ -34,7 +34,7 @@ TEST = [
     "flask",
     "flask-cors",
     "moto[s3]",
-    "s3fs",
+    "s3fs>=2025.2",
     # To read TFRecord and TFF's SQLite.
     "tensorflow",
     # The tutorials are notebooks, and run.
@@ -77,7 +77,7 @@ setup(
         "absl-py",
         "filelock>=4",
         "flax>=0.12",
-        "fsspec",
+        "fsspec>=2025.2",
         "gin-config>=0.5",
         "google-crc32c",
         "h5py",
@@ -100,13 +100,13 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "cuda12": ["jax[cuda12]>=0.10"],
         "docs": ["jupytext", "linkchecker", "mkdocs-material>=9.8", "nbconvert>=7"],
-        "gcs": ["gcsfs"],
+        "gcs": ["gcsfs>=2025.2"],
         "huggingface": HUGGINGFACE,
         "mlflow": ["mlflow>=3"],
         "parquet": PARQUET,
         "privacy": PRIVACY,
         "report": REPORT,
-        "s3": ["s3fs"],
+        "s3": ["s3fs>=2025.2"],
         "sweeps": SWEEPS,
         "tensorflow": ["tensorflow"],
         # To run on TPUs, and to compile for them where there are none.

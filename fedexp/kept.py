@@ -1,7 +1,7 @@
-"""Which checkpoints a folder has, by the names of its files; nothing here writes.
+"""Which checkpoints a folder has, by the names of its files, and what stands for rows in one.
 
 A checkpoint is a folder called after its round. Orbax renames it into place when it is complete; in a bucket
-it is complete with the file that Orbax leaves in it.
+it is complete with the file that Orbax leaves in it. Nothing here writes.
 """
 
 from __future__ import annotations

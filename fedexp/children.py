@@ -54,6 +54,8 @@ def _settle(launcher: str, cores: str, *command: str) -> None:
 
 def has_ended(child: subprocess.Popen[bytes]) -> bool:
     """Whether a process has ended and can be reaped."""
+    if not hasattr(os, "waitid"):  # On macOS, before Python 3.13; this reaps it already.
+        return child.poll() is not None
     return os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 

@@ -13,9 +13,8 @@ settings.register_profile("fedexp", deadline=None)
 settings.load_profile("fedexp")
 
 # Many tests start a process that compiles what another one has compiled. JAX reads it on import.
-os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "fedexp-tests-compiled")
-)
+_compiled = os.path.join(tempfile.gettempdir(), f"fedexp-tests-compiled-{os.getuid()}")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _compiled)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # Most of what tests do is compiling: programs that are optimised less are there in 0.4 of the time.
 _fast = "--xla_backend_optimization_level=0"

@@ -6,7 +6,6 @@ import importlib
 import os
 import subprocess
 import sys
-import time
 
 import gin
 import jax
@@ -205,27 +204,13 @@ def test_a_users_bug_keeps_its_traceback_and_says_who_called_it(tmp_path):
     assert last.endswith("called it for --gin_param=train.dataset = @buggy()")
 
 
-def test_all_shipped_configs_pass_in_no_time(monkeypatch):
+def test_all_shipped_configs_pass(monkeypatch):
     """Up to their data, which may be far away."""
     data = FederatedDataset.from_clients({"a": {"x": np.zeros((2, 3)), "y": np.zeros(2)}})
     monkeypatch.setattr(config, "evaluate", lambda *_: FederatedSplits(data, data))
-    spent = []
-
-    def timed(check):
-        def run(*args, **kwargs):
-            begin = time.process_time()
-            check(*args, **kwargs)
-            spent[-1] += time.process_time() - begin
-
-        return run
-
-    for name in ("check_types", "check_required", "check_read", "check_fields"):
-        monkeypatch.setattr(bindings, name, timed(getattr(bindings, name)))
     files = sorted(path.name for path in config.shipped_configs().glob("*.gin"))
+    assert len(files) > 40
     for file in files:
         gin.clear_config()
-        spent.append(0.0)
         config.load([file], [])
         experiment()
-    assert len(files) > 40
-    assert max(spent) < 0.2

@@ -53,15 +53,16 @@ def _settle(launcher: str, cores: str, *command: str) -> None:
 
 
 def has_ended(child: subprocess.Popen[bytes]) -> bool:
-    """Whether a process has ended and can be reaped."""
-    if not hasattr(os, "waitid"):  # On macOS, before Python 3.13; this reaps it already.
+    """Whether a process has ended; `reap` is to follow."""
+    if not hasattr(os, "waitid"):  # On macOS, before Python 3.13, which has to reap it to know.
         return child.poll() is not None
     return os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def reap(child: subprocess.Popen[bytes]) -> int:
     """Kills what an ended process has left in its group, and returns its exit code."""
-    signal_group(child, signal.SIGKILL)  # Until it is reaped, its group's number is no one else's.
+    # Until it is reaped, which `has_ended` does only on macOS, its group's number is no one else's.
+    signal_group(child, signal.SIGKILL)
     code = child.wait()
     return code if code >= 0 else 128 - code
 

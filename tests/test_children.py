@@ -3,11 +3,11 @@
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
 from fedexp import children
+from tests.support.tensorboard import eventually
 
 # Ends while a process of its own, which holds the pipe open, goes on.
 LEAVES_ONE_BEHIND = """
@@ -33,10 +33,7 @@ def test_an_ended_child_is_reaped_with_its_group(monkeypatch, waitid):
     assert not children.has_ended(child)
     child.stdin.write(b"go on\n")
     child.stdin.close()
-    start = time.monotonic()
-    while not children.has_ended(child):
-        assert time.monotonic() < start + 60
-        time.sleep(0.01)
+    eventually(lambda: children.has_ended(child), timeout=60)
     assert children.has_ended(child)
     assert children.reap(child) == 7
     assert child.stdout.read() == b""  # Ends once no process holds the pipe.

@@ -9,29 +9,15 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 # Those that ask a run to stop.
 STOPS = (signal.SIGINT, signal.SIGTERM)
 _PR_SET_PDEATHSIG = 1  # From linux/prctl.h.
 
 
-def die_with(launcher: int) -> Callable[[], None] | None:
-    """What a child does first: it asks Linux for SIGKILL when the launcher dies."""
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None).prctl
-
-    def arm() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != launcher:  # It died before the kernel was asked.
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    return arm
-
-
-def settled(command: Sequence[str], cores: Collection[int] | None) -> list[str]:
-    """A command that dies with this process and keeps to some cores.
+def settled(command: Sequence[str], cores: Collection[int] | None = None) -> list[str]:
+    """A command that dies with this process, even of SIGKILL, and keeps to some cores.
 
     It needs no `preexec_fn`, which is not safe where JAX has threads.
 
@@ -44,12 +30,36 @@ def settled(command: Sequence[str], cores: Collection[int] | None) -> list[str]:
 
 
 def _settle(launcher: str, cores: str, *command: str) -> None:
-    """Becomes the command."""
-    if arm := die_with(int(launcher)):
-        arm()
+    """Becomes the command, or where only Linux could end it with the launcher, starts it and watches."""
     if cores:
         os.sched_setaffinity(0, map(int, cores.split(",")))
-    os.execv(command[0], command)
+    if sys.platform != "linux":
+        sys.exit(watch(int(launcher), command))
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == int(launcher):  # Or it died before the kernel was asked.
+        os.execv(command[0], command)
+
+
+def watch(launcher: int, command: Sequence[str]) -> int:
+    """Runs a command, and kills it when this process's parent has died; returns its exit code.
+
+    Args:
+      launcher: the parent.
+      command: the program's path and its arguments.
+    """
+    for number in STOPS:  # The command, in the same group, has them, too.
+        signal.signal(number, lambda *_: None)
+    child = subprocess.Popen(command)
+    while os.getppid() == launcher:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return exit_code(child.wait(timeout=0.2))
+    child.kill()
+    return exit_code(child.wait())
+
+
+def exit_code(returned: int) -> int:
+    """What `Popen.wait` returned, as a shell has it: 128 + the signal that ended a process."""
+    return returned if returned >= 0 else 128 - returned
 
 
 def has_ended(child: subprocess.Popen[bytes]) -> bool:
@@ -63,8 +73,7 @@ def reap(child: subprocess.Popen[bytes]) -> int:
     """Kills what an ended process has left in its group, and returns its exit code."""
     # Until it is reaped, which `has_ended` does only on macOS, its group's number is no one else's.
     signal_group(child, signal.SIGKILL)
-    code = child.wait()
-    return code if code >= 0 else 128 - code
+    return exit_code(child.wait())
 
 
 def signal_group(child: subprocess.Popen[bytes], number: int) -> None:

@@ -72,10 +72,10 @@ def launch(command: Sequence[str], processes: int, *, grace: float = 15.0) -> in
     Each process has `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` set. Their
     lines go to this process's stdout and stderr behind a prefix, such as `[0] `. SIGINT and SIGTERM
     are passed on to all, a second one kills them; when one fails, the others are ended. They do not
-    outlive this process, however it ends (of SIGKILL: on Linux).
+    outlive this process, however it ends.
 
     Args:
-      command: the program and its arguments, the same for every process.
+      command: the program's path and its arguments, the same for every process.
       processes: how many to start.
       grace: seconds between the SIGTERM that follows a failure, and SIGKILL.
 
@@ -84,7 +84,7 @@ def launch(command: Sequence[str], processes: int, *, grace: float = 15.0) -> in
       a passed-on signal, 128 + that signal unless something else failed.
 
     Raises:
-      OSError: the program cannot be started.
+      OSError: no process can be started.
       ValueError: not called from the main thread, the only one that receives signals.
     """
     address = f"localhost:{_free_port()}"
@@ -116,14 +116,13 @@ def _start(
         "PYTHONUNBUFFERED": "1",
     }
     return subprocess.Popen(
-        command,
+        children.settled(command),
         bufsize=0,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=os.environ | joining,
         start_new_session=True,
-        preexec_fn=children.die_with(os.getpid()),
     )
 
 

@@ -74,7 +74,7 @@ def ask(
         "most": most,
     }
     done = subprocess.run(
-        children.settled([sys.executable, "-m", "fedexp.sweeps.checking"], None),
+        children.settled([sys.executable, "-m", "fedexp.sweeps.checking"]),
         input=json.dumps(asked),
         capture_output=True,
         text=True,

@@ -250,7 +250,6 @@ while True:
     assert {path.name for path in tmp_path.iterdir()} == {"told0", "told1"}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends children with their parent")
 def test_no_process_outlives_a_killed_launcher(tmp_path):
     lives = Lives(tmp_path / "lives")
     code = """

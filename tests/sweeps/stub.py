@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
@@ -40,14 +41,21 @@ def run(arguments: Sequence[str]) -> int:
         time.sleep(float(given.get("task.pause", "0")))
         with open(folder / "rounds.jsonl", "a") as file:
             file.write(json.dumps({"round": number, "test/score": x * number + seed / 10}) + "\n")
-        checkpoint.write_text(str(number))
+        write(checkpoint, str(number))
         if stopped:
             return 128 + stopped[0]
         while mode == "hangs" and x == 2 and not stopped:
             time.sleep(0.01)
     last = {"round": ROUNDS, "test/score": x * ROUNDS + seed / 10}
-    (folder / "final.json").write_text(json.dumps({"metrics": last, "history": [last]}))
+    write(folder / "final.json", json.dumps({"metrics": last, "history": [last]}))
     return 0
+
+
+def write(path: Path, text: str) -> None:
+    """All of it or nothing, whenever it is killed."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    unfinished.write_text(text)
+    unfinished.replace(path)
 
 
 def sweep(arguments: Sequence[str]) -> int:

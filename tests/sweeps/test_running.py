@@ -121,6 +121,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(run, tmp_path):
     time.sleep(0.25)
     sweep.kill()
     sweep.communicate()
+    time.sleep(0.5)
     told = {path: path.read_text() for path in cut.rglob("rounds.jsonl")}
     time.sleep(0.5)
     assert {path: path.read_text() for path in told} == told  # Its children are dead, too.

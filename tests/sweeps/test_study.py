@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from fedexp.sweeps.space import Axis, random_integer, random_log_uniform, random_uniform
 from fedexp.sweeps.study import distribution
+from tests.support.tensorboard import eventually
 from tests.sweeps import stub
-from tests.sweeps.test_running import await_attempts, begun, given, start, table
+from tests.sweeps.test_running import PATIENCE, begun, given, start, table
 
 optuna = pytest.importorskip("optuna")
 
@@ -87,13 +86,13 @@ def test_a_failed_trial_is_told_as_failed(tmp_path, capfd):
 def test_killed_it_chooses_as_it_would_have(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     text = STUDY.format(count=3, values="@random_uniform()", more=UNIFORM)
-    slow = "--gin_param=task.pause = 0.08"
+    slow = "--gin_param=task.pause = 0.2"
     assert stub.sweep(given(whole, slow, text=text)) == 0
     sweep = start(cut, slow, text=text)
-    await_attempts(cut, 4)
-    time.sleep(0.2)
+    eventually((cut / "trials" / "001" / "seed_1" / "checkpoint").exists, timeout=PATIENCE)
     sweep.kill()
     sweep.communicate()
     assert [trial.state.name for trial in study(cut).trials] == ["COMPLETE", "RUNNING"]
     assert stub.sweep(given(cut, slow, text=text)) == 0
     assert (cut / "sweep.csv").read_text() == (whole / "sweep.csv").read_text()
+    assert begun(cut)[-1] != "seed_1 0"  # The run that was killed went on from its checkpoint.

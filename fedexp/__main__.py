@@ -27,7 +27,19 @@ def run() -> None:
     if first and first[0] in COMMANDS:
         module = COMMANDS[first[0]]
         sys.argv[1:2] = module[1:]
+    elif first and not first[0].startswith("-"):
+        sys.exit(_refused(first[0]))
     runpy.run_module(module[0], run_name="__main__", alter_sys=True)
+
+
+def _refused(word: str) -> int:
+    """Says that a word is no command; returns the exit code."""
+    from fedexp.bindings import near
+
+    known = ", ".join(COMMANDS)
+    meant = near(word, COMMANDS) or " A Gin file is given as --gin_file=..."
+    print(f"error: fedexp has no command {word!r}, only {known}.{meant}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

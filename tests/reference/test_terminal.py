@@ -69,3 +69,14 @@ def test_the_command_lists_and_can_be_cut():
 
 def test_every_command_is_a_module():
     assert all(importlib.util.find_spec(module) for module, *_ in COMMANDS.values())
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [("lst", "Did you mean 'list'?"), ("quickstart.gin", "is given as --gin_file=...")],
+)
+def test_an_unknown_command_is_told_in_one_line(word, meant):
+    done = subprocess.run([sys.executable, "-m", "fedexp", word], capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith(f"error: fedexp has no command '{word}'")
+    assert done.stderr.endswith(f"{meant}\n") and done.stderr.count("\n") == 1

@@ -66,6 +66,7 @@ def refusal(*params: str, files: tuple[str, ...] = (LINEAR,)) -> str:
         ("train.evaluations = '[@evaluate()]'", "must be a list of Evaluate"),
         ("train.evaluations = @evaluate()", r"must be a list of Evaluate; write [@evaluate()]"),
         ("fedavg.aggregator = [@top_k(), @mean]", "write [@top_k(), @mean()]"),
+        ("fedavg.server_optimizer = 0.1", "must be GradientTransformation, such as @sgd()"),
         ("fedavg.server_optimizer = @server/adam", "write @server/adam()"),
         ("fedavg.weigh_by = 'token'", "'examples' or 'tokens' or 'uniform'"),
         ("client/sgd.learning_rate = '0.1'", "must be float or a function; write 0.1"),

@@ -100,6 +100,12 @@ def _checked_schedule(schedule: Callable[..., optax.Schedule]):
     return build
 
 
+for _name in _OPTAX_OPTIMIZERS:
+    gin.external_configurable(_checked(getattr(optax, _name), _name), name=_name, module="optax")
+for _name in _OPTAX_SCHEDULES:
+    gin.external_configurable(_checked_schedule(getattr(optax, _name)), name=_name, module="optax")
+
+
 class AdaptiveState(NamedTuple):
     """First moment m and second moment v, each shaped like the parameters."""
 
@@ -228,9 +234,3 @@ def clip_gradients(
     """
     check(norm > 0, f"clip_gradients.norm must be positive, got {norm}")
     return optax.chain(optax.clip_by_global_norm(norm), optimizer)
-
-
-for _name in _OPTAX_OPTIMIZERS:
-    gin.external_configurable(_checked(getattr(optax, _name), _name), name=_name, module="optax")
-for _name in _OPTAX_SCHEDULES:
-    gin.external_configurable(_checked_schedule(getattr(optax, _name)), name=_name, module="optax")

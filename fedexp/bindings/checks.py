@@ -253,12 +253,12 @@ def _lacks(reference: Reference) -> bool:
 
 
 def _examples(hint: Any, scope: Sequence[str] = ()) -> str:
-    """Three configurables or fewer that give what an annotation asks for."""
+    """The first three configurables that give what an annotation asks for, as they were registered."""
     wanted = {one for one in alternatives(hint) if isinstance(one, type)} - {types.NoneType}
     wanted -= {bool, int, float, complex, str, object}
     wanted = {one for one in wanted if not hasattr(one, "dtype")}
     found = []
-    for selector, configurable in sorted(gin_config._REGISTRY.items()):
+    for selector, configurable in gin_config._REGISTRY.items():
         if wanted.intersection(given_by(configurable.wrapped)):
             needs_more = any(p.default is p.empty for p in parameters_of(selector).values())
             name = "/".join([*scope, configurable.name])

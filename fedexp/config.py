@@ -176,6 +176,11 @@ def prepare_workdir(
         raise UserError(f"cannot write to --workdir={path}: {error.strerror}") from error
 
 
+def is_recorded(path: str | os.PathLike | None) -> bool:
+    """Whether a workdir has kept the bindings of its run, as one of a Gin file does."""
+    return path is not None and paths.exists(os.path.join(path, RECORD))
+
+
 def _check_harmless(path: str | os.PathLike, recorded: str) -> None:
     """Refuses another config than the recorded one where that would make it another run."""
     if _effect(recorded) is Effect.NUMBERS:

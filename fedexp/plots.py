@@ -2,7 +2,8 @@
 
     python -m fedexp.plots RUN... --x=bits --metric=test/accuracy --out=plot.png
 
-A run is a workdir with a `final.json`, whose history has a point for every evaluation. `--x` is one of
+A run is a workdir with a `final.json`, or a folder of such. Runs that differ in `train.seed` alone are one
+curve, their mean, with a band from the least to the greatest. `--x` is one of
 
     round     rounds
     bits      that all clients have sent and been told so far; bits_up, that they have sent
@@ -13,86 +14,67 @@ A run is a workdir with a `final.json`, whose history has a point for every eval
 from __future__ import annotations
 
 import argparse
-import difflib
 import io
-import json
-import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
 
 from fedexp import paths
-from fedexp.data import SECONDS
-from fedexp.errors import UserError
+from fedexp.errors import UserError, check
+from fedexp.runs import AXES, Curve, found_in, read, settings
 
-# Axis -> its label, and the numbers of the history whose sum it is.
-AXES = {
-    "round": ("rounds", ("round",)),
-    "bits": ("bits, up and down", ("traffic/total_bits_up", "traffic/total_bits_down")),
-    "bits_up": ("bits, up", ("traffic/total_bits_up",)),
-    "seconds": ("simulated seconds", (SECONDS,)),
-    "epsilon": ("privacy spent, epsilon", ("privacy/epsilon",)),
-}
-
-Points = list[tuple[float, float]]
+FORMATS = ("png", "pdf", "svg")
 
 
-def history(run: str) -> list[Mapping[str, float]]:
-    """The rows of a finished run.
-
-    Raises:
-      UserError: it has no `final.json`, or another program's.
-    """
-    path = os.path.join(run, "final.json")
-    try:
-        return list(json.loads(paths.read_text(path))["history"])
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: there is none; a run writes it after its last round") from error
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{path} cannot be read as fedexp's: {error!r}") from error
-
-
-def points(run: str, x: str, metric: str) -> Points:
-    """(x, metric) at the evaluations of a run that measured both.
-
-    Raises:
-      UserError: none did, or there is no history to read.
-    """
-    rows = history(run)
-    _, summed = AXES[x]
-    for name in (metric, *summed):
-        if not any(name in row for row in rows):
-            known = sorted({name for row in rows for name in row})
-            close = difflib.get_close_matches(name, known, n=3) or known
-            raise UserError(f"{run} has no {name!r} in its history; there is {', '.join(close)}")
-    found = [
-        (float(sum(row[name] for name in summed)), float(row[metric]))
-        for row in rows
-        if {metric, *summed} <= row.keys()
-    ]
-    finite = [point for point in found if all(map(math.isfinite, point))]
-    if not finite:
-        raise UserError(f"{run} has no evaluation with both {metric} and {' and '.join(summed)}")
-    return finite
-
-
-def draw(curves: Mapping[str, Points], x: str, metric: str, log: bool = False) -> bytes:
-    """A PNG of one curve a run.
+def curves(runs: Sequence[str], x: str, metric: str) -> dict[str, Curve]:
+    """A label -> its curve, for every setting: of runs that differ in nothing but their seeds.
 
     Args:
-      curves: a run's label -> its points.
+      runs: workdirs of finished runs, or folders of them.
       x: a name of `AXES`.
-      metric: that the points have.
-      log: whether the horizontal axis is logarithmic.
+      metric: of evaluations.
+
+    Raises:
+      UserError: a run has no such history, or those of a setting no evaluation in common.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    found = [read(path) for given in runs for path in found_in(given)]
+    for run in found:
+        for name in (metric, *AXES[x][1]):
+            run.check_has(name)
+    of = settings(found)
+    names = labels([run.path for run in found])
+    if len(of) < len(found):
+        names = [one.label for one in of]
+    drawn = {}
+    for name, one in zip(names, of, strict=True):
+        drawn[name] = one.curve(x, metric)
+        if drawn[name] is None:
+            which = one.runs[0].path if len(one.runs) == 1 else name
+            both = " and ".join((metric, *AXES[x][1]))
+            raise UserError(f"{which} has no evaluation with both {both}")
+    return drawn
+
+
+def draw(
+    curves: Mapping[str, Curve], x: str, metric: str, log: bool = False, format: str = "png"
+) -> bytes:
+    """A picture of a curve a setting, with a band from the least to the greatest of its runs.
+
+    Args:
+      curves: label -> curve.
+      x: a name of `AXES`.
+      metric: that the curves are of.
+      log: whether the horizontal axis is logarithmic.
+      format: one of `FORMATS`.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), dpi=200, layout="constrained")
     axes = figure.add_subplot()
-    for label, of_run in curves.items():
-        axes.plot(*zip(*of_run, strict=True), marker=".", label=label)
+    for label, curve in curves.items():
+        (line,) = axes.plot(curve.x, curve.mean, marker=".", label=label)
+        axes.fill_between(curve.x, curve.low, curve.high, alpha=0.2, color=line.get_color())
     axes.set_xlabel(AXES[x][0])
     axes.set_ylabel(metric)
     if log:
@@ -102,7 +84,7 @@ def draw(curves: Mapping[str, Points], x: str, metric: str, log: bool = False) -
     axes.grid(alpha=0.3)
     axes.legend()
     file = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(file)
+    figure.savefig(file, format=format)
     return file.getvalue()
 
 
@@ -119,19 +101,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="workdirs of finished runs")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="workdirs, or folders of workdirs")
     parser.add_argument("--x", choices=AXES, default="round", help="default: round")
     parser.add_argument("--metric", default="test/accuracy", help="default: test/accuracy")
-    parser.add_argument("--out", default="plot.png", help="default: plot.png")
+    parser.add_argument(
+        "--out",
+        default="plot.png",
+        help="a file that ends in .png, .pdf or .svg; default: plot.png",
+    )
     parser.add_argument("--log", action="store_true", help="a logarithmic axis")
     given = parser.parse_args(arguments)
     try:
-        curves = {
-            label: points(run, given.x, given.metric)
-            for label, run in zip(labels(given.runs), given.runs, strict=True)
-        }
+        format = os.path.splitext(given.out)[1].removeprefix(".").lower()
+        check(format in FORMATS, f"--out={given.out} must end in {' or '.join(FORMATS)}")
+        picture = draw(
+            curves(given.runs, given.x, given.metric), given.x, given.metric, given.log, format
+        )
         try:
-            paths.write(given.out, draw(curves, given.x, given.metric, given.log))
+            paths.write(given.out, picture)
         except OSError as error:
             raise UserError(f"cannot write {given.out}: {error.strerror or error}") from error
     except UserError as error:

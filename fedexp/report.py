@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedexp.errors import UserError
-from fedexp.plots import AXES
-from fedexp.runs import SEED, UNBOUND, Run, Setting, differing, number, settings, shortened
+from fedexp.runs import AXES, SEED, UNBOUND, Run, Setting, differing, number, settings, shortened
 
 # Okabe and Ito's, which colour-blind readers tell apart.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -119,7 +118,7 @@ def page(runs: Sequence[Run], names: Sequence[str], metrics: Sequence[str]) -> s
 
 
 def curves(found: Sequence[Setting], metrics: Sequence[str]) -> list[Any]:
-    """Figures of metrics against every name of `plots.AXES` that the histories have.
+    """Figures of metrics against every name of `runs.AXES` that the histories have.
 
     The mean over seeds is a line, from the least to the greatest of them is a band.
     """

@@ -278,7 +278,9 @@ class Progress(Observer):
         self._groups = [plan.name for plan in session.setup.evaluations]
         self._terminal = progress.Reporter(session.setup.num_rounds)
         self._terminal.start()
-        if done:
+        if done == session.setup.num_rounds:
+            self.say(f"all {done} rounds are done already, in {workdir}")
+        elif done:
             self.say(f"going on after round {done}, from {workdir}")
         size = sum(leaf.size for leaf in jax.tree.leaves(session.params))
         self.say(

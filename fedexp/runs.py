@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -9,11 +11,20 @@ from typing import NamedTuple
 import numpy as np
 
 from fedexp import paths
+from fedexp.data import SECONDS
 from fedexp.errors import UserError
-from fedexp.plots import AXES, history
 
+# Axis -> its label, and the numbers of the history whose sum it is.
+AXES = {
+    "round": ("rounds", ("round",)),
+    "bits": ("bits, up and down", ("traffic/total_bits_up", "traffic/total_bits_down")),
+    "bits_up": ("bits, up", ("traffic/total_bits_up",)),
+    "seconds": ("simulated seconds", (SECONDS,)),
+    "epsilon": ("privacy spent, epsilon", ("privacy/epsilon",)),
+}
 SEED = "train.seed"
 UNBOUND = ""
+_WORKDIR = "workdir"  # Stands for the bindings of a run in Python, which nobody knows.
 
 
 class Run(NamedTuple):
@@ -33,6 +44,17 @@ class Run(NamedTuple):
     def metrics(self) -> Mapping[str, float]:
         """Of the last evaluations."""
         return self.history[-1] if self.history else {}
+
+    def check_has(self, metric: str) -> None:
+        """Refuses a metric that no evaluation has.
+
+        Raises:
+          UserError: which there are instead.
+        """
+        known = sorted({name for row in self.history for name in row})
+        if metric not in known:
+            there = ", ".join(difflib.get_close_matches(metric, known, n=3) or known)
+            raise UserError(f"{self.path} has no {metric!r} in its history; there is {there}")
 
 
 class Curve(NamedTuple):
@@ -74,7 +96,7 @@ class Setting(NamedTuple):
         return float(values.mean()) if len(values) else None
 
     def curve(self, x: str, metric: str) -> Curve | None:
-        """A metric against a name of `plots.AXES`; None if the histories do not have both."""
+        """A metric against a name of `AXES`; None if the histories do not have both."""
         names = (metric, *AXES[x][1])
         rows = [
             {row["round"]: row for row in run.history if all(name in row for name in names)}
@@ -85,7 +107,7 @@ class Setting(NamedTuple):
         found = np.asarray([[[of[r][name] for name in names] for r in rounds] for of in rows])
         values = found[:, :, 0]
         at = found[:, :, 1:].sum(-1).mean(0)
-        finite = np.isfinite(at)
+        finite = np.isfinite(at) & np.isfinite(values).all(0)
         curve = Curve(at, values.mean(0), values.min(0), values.max(0))
         return Curve(*(part[finite] for part in curve)) if finite.any() else None
 
@@ -99,28 +121,42 @@ def found_in(path: str) -> list[str]:
 
 
 def read(path: str) -> Run:
-    """A run from its workdir.
+    """A run from its workdir; one in Python has no bindings but `workdir`, by which it is told from others.
 
     Raises:
-      UserError: it has no `final.json`, or no config.
+      UserError: it has no `final.json`, or another program's.
     """
-    rows = history(path)
+    rows = _history(path)
     try:
         text = "".join(
             paths.read_text(os.path.join(path, name))
             for name in ("operative_config.gin", "config.gin")
         )
+    except FileNotFoundError:
+        return Run(path, {_WORKDIR: path}, rows)
     except OSError as error:
-        raise UserError(f"{path} has no config to compare: {error}") from error
+        raise UserError(f"the config of {path} cannot be read: {error}") from error
     lines = text.replace("\\\n", " ").splitlines()
     pairs = (line.split(" = ", 1) for line in lines if " = " in line and not line.startswith("#"))
     return Run(path, {name: " ".join(value.split()) for name, value in pairs}, rows)
 
 
+def _history(path: str) -> list[Mapping[str, float]]:
+    file = os.path.join(path, "final.json")
+    try:
+        return list(json.loads(paths.read_text(file))["history"])
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: there is none; a run writes it after its last round") from error
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{file} cannot be read as fedexp's: {error!r}") from error
+
+
 def differing(runs: Sequence[Run]) -> list[str]:
-    """Names of bindings that are not the same in all runs, sorted."""
-    names = sorted({name for run in runs for name in run.bindings})
-    return [name for name in names if len({run.bindings.get(name, UNBOUND) for run in runs}) > 1]
+    """Names of bindings that are not the same in all runs that have any, sorted; `workdir` of the others."""
+    known = [run for run in runs if _WORKDIR not in run.bindings]
+    names = sorted({name for run in known for name in run.bindings})
+    found = [name for name in names if len({run.bindings.get(name, UNBOUND) for run in known}) > 1]
+    return found + [_WORKDIR] * (len(known) < len(runs))
 
 
 def settings(runs: Sequence[Run]) -> list[Setting]:

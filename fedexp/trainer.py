@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import gin
 import jax
+from absl import logging
 
 from fedexp import algorithms, config, models, profiling, runtime, shown, trackers  # noqa: F401  For Gin's names.
 from fedexp.checkpointing import CheckpointPlan, Saved, Saver, import_ahead
@@ -99,7 +100,8 @@ class Experiment(Setup):
 
         Args:
           workdir: folder for checkpoints, summaries and `final.json`, of this machine or a URL as
-            s3://bucket/run; nothing is kept if None.
+            s3://bucket/run; nothing is kept if None. Of a run in Python it cannot be told whether its
+            checkpoints are of this very experiment, which is said.
           overrides: gin bindings that must have had an effect by now.
         """
         if workdir is not None:
@@ -124,6 +126,13 @@ class Experiment(Setup):
                     0, session.first.state, [], None, totals={}
                 )
             config.check_rounds(workdir, start.done, self.num_rounds)
+            if start.done and runtime.is_first() and not config.is_recorded(workdir):
+                logging.warning(
+                    "%s has %d rounds of an experiment in Python, and nothing tells whether it was this one; "
+                    "another one needs another workdir",
+                    workdir,
+                    start.done,
+                )
             round_ = Round(session, start.done, start.state)
             history = start.history
             judge.resume(start)

@@ -13,7 +13,7 @@ from fedexp.algorithms import fedavg
 from fedexp.checkpointing import Checkpointer, CheckpointPlan
 from fedexp.data import uniform
 from fedexp.evaluation import Evaluate
-from fedexp.plots import points
+from fedexp.plots import curves
 from fedexp.reporting import JsonLines, Observer, TensorBoard
 from fedexp.session import Session
 from fedexp.trainer import Experiment
@@ -63,8 +63,9 @@ def test_initial_parameters_are_measured_and_nothing_else_changes(tmp_path):
     assert "test/mae/p10" in first
     jax.tree.map(np.testing.assert_array_equal, result.params, without.params)
     assert rest == without.history
-    at = points(str(tmp_path / "with"), "round", "test/mae")
-    assert at == [(row["round"], row["test/mae"]) for row in result.history]
+    (at,) = curves([str(tmp_path / "with")], "round", "test/mae").values()
+    assert at.x.tolist() == [row["round"] for row in result.history]
+    assert at.mean.tolist() == [row["test/mae"] for row in result.history]
     shown = shown_scalars(tmp_path / "with")
     key = next(key for key in shown if str(key[0]) == "test" and key[1] == "mae")
     assert [step for step, _ in shown[key]] == [0, 1, 2]

@@ -46,6 +46,22 @@ def test_a_folder_of_runs_is_compared_and_sorted(runs, tmp_path, capsys):
     assert shown.index("0.75") < shown.index("0.25") and "num_rounds" not in shown
 
 
+def test_a_run_in_python_stands_beside_the_others(runs, tmp_path, capsys):
+    for name in ("config.gin", "operative_config.gin"):
+        (runs / "c" / name).unlink()
+    output = tmp_path / "runs.csv"
+    assert compare.main([str(runs), f"--csv={output}"]) == 0
+    with open(output, encoding="utf-8") as file:
+        found = list(csv.reader(file))
+    assert found == [
+        ["run", "sgd.learning_rate", "workdir", "round", "test/accuracy"],
+        ["a", "0.1", "", "9", "0.5"],
+        ["b", "0.01", "", "9", "0.75"],
+        ["c", "", str(runs / "c"), "9", "0.25"],
+    ]
+    assert "over seeds" not in capsys.readouterr().out
+
+
 def test_chosen_metrics_of_chosen_runs(runs, capsys):
     chosen = [str(runs / "a"), str(runs / "c"), "--metrics=train/loss"]
     assert compare.main(chosen) == 0

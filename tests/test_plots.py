@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fedexp import plots
+from fedexp.runs import Curve
 
 # Evaluations of different rhythms; the second round's measured something else.
 HISTORY = [
@@ -44,18 +47,45 @@ def run(tmp_path):
     ],
 )
 def test_a_curve_has_the_evaluations_of_the_metric(run, x, expected):
-    found = plots.points(run("one"), x, "test/accuracy")
-    assert [point[0] for point in found] == pytest.approx(expected)
-    assert [point[1] for point in found] == pytest.approx([0.2, 0.6])
+    (found,) = plots.curves([run("one")], x, "test/accuracy").values()
+    assert found.x == pytest.approx(expected)
+    assert found.mean == pytest.approx([0.2, 0.6])
 
 
-@pytest.mark.parametrize("options", [["--x=bits"], ["--x=bits_up", "--log"], []])
-def test_runs_are_drawn(run, tmp_path, capsys, options):
-    out = tmp_path / "plot.png"
-    assert plots.main([run("a"), run("b"), f"--out={out}", *options]) == 0
-    assert out.read_bytes().startswith(b"\x89PNG") and capsys.readouterr().out == f"{out}\n"
-    one = plots.draw({"a": [(0, 0), (1, 1)]}, "round", "test/accuracy")
-    assert one != plots.draw({"a": [(0, 1), (1, 0)]}, "round", "test/accuracy")
+@pytest.mark.parametrize(
+    ("name", "begin", "options"),
+    [
+        ("plot.png", b"\x89PNG", ["--x=bits"]),
+        ("plot.pdf", b"%PDF", ["--x=bits_up", "--log"]),
+        ("plot.svg", b"<?xml", []),
+    ],
+)
+def test_runs_are_drawn(run, tmp_path, capsys, name, begin, options):
+    out = tmp_path / name
+    run("all/a"), run("all/b")
+    assert plots.main([str(tmp_path / "all"), f"--out={out}", *options]) == 0
+    assert out.read_bytes().startswith(begin) and capsys.readouterr().out == f"{out}\n"
+    rising, falling = np.asarray([0.0, 1.0]), np.asarray([1.0, 0.0])
+    one = plots.draw({"a": Curve(rising, rising, rising, rising)}, "round", "test/accuracy")
+    assert one != plots.draw(
+        {"a": Curve(rising, falling, falling, falling)}, "round", "test/accuracy"
+    )
+
+
+def test_runs_that_differ_in_seeds_are_a_curve_with_a_band(run):
+    folders = []
+    for rate in (1, 2):
+        for seed in (0, 1):
+            rows = [{"round": r, "test/accuracy": rate * r + 10 * seed} for r in (1, 2)]
+            folders.append(run(f"{rate}/{seed}", rows))
+            for name in ("config.gin", "operative_config.gin"):
+                text = f"sgd.learning_rate = {rate}\ntrain.seed = {seed}\n"
+                (Path(folders[-1]) / name).write_text(text)
+    found = plots.curves(folders, "round", "test/accuracy")
+    assert list(found) == ["learning_rate=1", "learning_rate=2"]
+    curve = found["learning_rate=2"]
+    assert curve.mean == pytest.approx([7, 9])  # 2 r, and 2 r + 10 of the other seed.
+    assert curve.low == pytest.approx([2, 4]) and curve.high == pytest.approx([12, 14])
 
 
 def test_runs_are_told_apart():
@@ -81,6 +111,7 @@ def test_runs_are_told_apart():
             ["--x=epsilon"],
             "has no evaluation with both test/accuracy and privacy/epsilon",
         ),
+        (HISTORY, ["--out=plot.jpg"], "--out=plot.jpg must end in png or pdf or svg"),
         (HISTORY, ["--out=nowhere/plot.png"], "cannot write nowhere/plot.png: No such file"),
     ],
 )

@@ -30,7 +30,7 @@ from fedexp.data import FederatedDataset, FederatedSplits, fixed, poisson, unifo
 from fedexp.engine import Packing, jit
 from fedexp.errors import UserError
 from fedexp.evaluation import Evaluate
-from fedexp.reporting import JsonLines, Observer, TensorBoard
+from fedexp.reporting import JsonLines, Observer, Progress, TensorBoard
 from fedexp.session import Session, Setup
 from fedexp.summaries import Writer
 from fedexp.tasks import Measure, classification
@@ -67,6 +67,19 @@ def test_training_learns_and_reports_what_it_evaluated(tmp_path):
     assert final["metrics"] == result.metrics
     assert final["history"] == result.history
     assert final["perf"]["compilations"] == 1
+
+
+def test_a_python_run_that_goes_on_says_that_nothing_tells_whose_it_is(tmp_path, caplog, capsys):
+    run(tmp_path, num_rounds=3)
+    assert "another workdir" not in caplog.text
+    again = run(tmp_path, num_rounds=3, seed=5, observers=[Progress()])
+    assert again.rounds == 3
+    assert f"{tmp_path} has 3 rounds of an experiment in Python" in caplog.text
+    assert f"all 3 rounds are done already, in {tmp_path}" in capsys.readouterr().err
+    (tmp_path / "config.gin").write_text("")  # As a run of a Gin file has, which was compared.
+    caplog.clear()
+    run(tmp_path, num_rounds=6)
+    assert "another workdir" not in caplog.text
 
 
 @pytest.mark.parametrize("algorithm", ["fedavg", "scaffold"])

@@ -130,14 +130,13 @@ assert in_order == sorted(in_order, reverse=True)
 #
 # ## Plots
 #
-# For a picture in a minute there is `python -m fedexp.plots RUN... --metric=test/accuracy
-# --out=plot.png`, also against bits, simulated seconds or epsilon. In Python:
+# For a picture in a minute there is `fedexp plots runs/sweep/trials --out=plot.pdf`, a curve for each
+# setting with a band over its seeds, also against bits, simulated seconds or epsilon. In Python:
 
 # %%
 from fedexp import plots
 
-folders = sorted(path.parent for path in runs.glob("trials/*/seed_0/final.json"))
-curves = {path.parent.name: plots.points(str(path), "bits_up", "test/accuracy") for path in folders}
+curves = plots.curves([str(runs / "trials")], "bits_up", "test/accuracy")
 _, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
 axes.imshow(plt.imread(io.BytesIO(plots.draw(curves, "bits_up", "test/accuracy"))))
 axes.set_axis_off()

@@ -102,8 +102,10 @@ def load_from(workdir: paths.PathLike, bindings: Sequence[str]) -> None:
     except OSError:
         lines, there = [], False
     if not there:
+        check(paths.is_remote(workdir) or os.path.isdir(workdir), f"there is no folder {workdir}")
         raise UserError(
-            f"{workdir} has no {RECORD} and {OPERATIVE}, by which a run of a Gin file can be built again"
+            f"{workdir} has no {RECORD} and {OPERATIVE}, by which a run of a Gin file can be built again; "
+            "of one in Python, fedexp.load_params reads the parameters"
         )
     load([record], bindings, [line for line in lines if line.startswith(("import ", "from "))])
 

@@ -53,9 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from fedexp.session import Session, row
 
     try:
-        found = snapshots.read(given.workdir, best=not given.latest)
         config.load_from(given.workdir, given.gin_param)
-        runtime.start()
+        runtime.start()  # Before anything asks JAX for devices, as reading a checkpoint does.
+        found = snapshots.read(given.workdir, best=not given.latest)
         check(jax.process_count() == 1, "fedexp.evaluate is for one process; start it alone")
         session = Session(experiment())
         config.check_overrides_used(given.gin_param)
@@ -64,6 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="fedexp-states-") as scratch:
             round_ = restored(session, found, Path(given.workdir), Path(scratch))
             results = session.evaluate(round_, range(len(session.evaluations)), full=True)
+        for name, part in session.splits.items():
+            if found.metadata["data"].get(name, "") != part.fingerprint():
+                print(
+                    f"the {name} split is not of the clients that it had in the run",
+                    file=sys.stderr,
+                )
         metrics, about = row(results), [one._asdict() for one in session.about(round_)]
         told = {
             "round": found.round,

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from fedexp import config, evaluate
+from fedexp.data import FederatedSplits
 from fedexp.trainer import Experiment
 from tests.support import linear
 
@@ -27,6 +28,11 @@ DITTO = [
     "train.evaluations = [@evaluate(), @personal/evaluate()]",
     "personal/evaluate.personalise = True",
 ]
+
+
+@gin.configurable
+def fewer_to_train(splits: FederatedSplits) -> FederatedSplits:
+    return FederatedSplits(splits.train.select_clients(range(5)), splits.test)
 
 
 def trained(workdir: Path, *params: str) -> dict[str, Any]:
@@ -122,6 +128,24 @@ def test_bad_input_is_one_line(short, monkeypatch, capsys, arguments, message):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
     assert not (short / evaluate.NAME).exists()
+
+
+def test_a_run_on_virtual_devices_is_built_again(tmp_path):
+    trained(tmp_path, "train.num_rounds = 1", "runtime.num_cpu_devices = 2")
+    command = [sys.executable, "-m", "fedexp.evaluate", str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_other_clients_than_the_runs_are_said(short, capsys):
+    evaluated(short)
+    assert "of the clients that it had" not in capsys.readouterr().err
+    fewer = ["train.dataset = @fewer_to_train()", "fewer_to_train.splits = @linear_splits()"]
+    evaluated(short, *(f"--gin_param={param}" for param in fewer))
+    err = capsys.readouterr().err
+    assert (
+        "the train split is not of the clients that it had" in err and "the test split" not in err
+    )
 
 
 def test_a_run_without_gin_is_told(short, tmp_path, capsys):

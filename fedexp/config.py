@@ -80,13 +80,22 @@ def load(
         if _is_a_bug_of_an_imported_module(error):
             raise
         way_out = _suggestion(str(error))
+        if isinstance(error, ModuleNotFoundError):
+            way_out = f" It is looked for in {Path.cwd()} and on PYTHONPATH."
         if isinstance(error, OSError):
-            way_out = (
+            way_out = "".join(map(_beside, files)) or (
                 f" Neither a path from {Path.cwd()} nor one that fedexp ships: {shipped_names()}"
             )
         raise UserError(f"gin: {_one_line(error)}{way_out}") from error
     bound.check_types()
     _check_scopes()
+
+
+def _beside(file: str) -> str:
+    """Names the nearest one of the folder's Gin files, if one of this name is not there."""
+    path = Path(file)
+    stems = [] if path.exists() else [one.stem for one in path.parent.glob("*.gin")]
+    return near(path.stem, stems).replace("'?", ".gin'?")
 
 
 def load_from(workdir: paths.PathLike, bindings: Sequence[str]) -> None:
@@ -358,8 +367,10 @@ def _suggestion(message: str) -> str:
         r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", message
     ):
         configurable = gin_config._REGISTRY.get_match(found[1])
-        known = inspect.signature(configurable.wrapped).parameters
+        known = bound.signature_of(configurable.wrapped)
         return near(found[2], known) or _elsewhere(found[2])
+    if "Failed to parse token" in message:
+        return "; text has quotes, as 'a.csv', a reference an @, a macro a %"
     if found := re.search(r"No bindings specified for '([\w/]+)/gin.macro'", message):
         macros = [scope for scope, selector in gin_config._CONFIG if selector == "gin.macro"]
         return near(found[1], macros)
@@ -378,4 +389,9 @@ def _elsewhere(parameter: str) -> str:
 
 
 def _one_line(error: Exception) -> str:
+    if isinstance(error, SyntaxError) and error.text:  # Which Gin does not show.
+        where = f"{error.filename}, line {error.lineno}" if error.filename else "in a --gin_param"
+        token = re.search(r"Failed to parse token ('.*')", error.msg)
+        what = f"{token[1]} is no value" if token else error.msg.removesuffix(".").lower()
+        return f"{error.text.strip()} ({where}): {what}"
     return " ".join(str(error).split())

@@ -33,8 +33,9 @@ def fresh_gin():
         ("train.task = %taks", "'taks/gin.macro'"),
         ("clinet/sgd.learning_rate = 1", "scope of clinet/sgd.*Did you mean 'client'"),
         ("train.seed = = 1", "malformed|parse|invalid|Unable"),
+        ("csv.path = a.csv", r"csv.path = a.csv \(in a --gin_param\): 'a' is no value; text has q"),
         ("mesh.lanes = 4", "parameter named 'lanes'.*Did you mean 'Packing.lanes'"),
-        ("import no_such_module", "No module named 'no_such_module'"),
+        ("import no_such_module", "No module named 'no_such_module'.*looked for in .* PYTHONPATH"),
     ],
 )
 def test_a_typo_is_named_with_the_nearest_right_name(binding, message):
@@ -45,6 +46,14 @@ def test_a_typo_is_named_with_the_nearest_right_name(binding, message):
 def test_a_missing_file_lists_the_shipped_ones():
     with pytest.raises(UserError, match=r"no_such\.gin.*emnist_fedadam\.gin.*quickstart\.gin"):
         config.load(["no_such.gin"], [])
+
+
+def test_a_missing_file_is_taken_for_a_mistyped_one(tmp_path):
+    (tmp_path / "mine.gin").write_text("train.seed = oops\n")
+    with pytest.raises(UserError, match=r"mien\.gin.*Did you mean 'mine\.gin'\?$"):
+        config.load([str(tmp_path / "mien.gin")], [])
+    with pytest.raises(UserError, match=r"oops \(.*mine\.gin, line 1\): 'oops' is no value"):
+        config.load([str(tmp_path / "mine.gin")], [])
 
 
 def test_included_files_lie_beside_the_including_one(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from fedexp.bindings.checks import check_required as check_required
 from fedexp.bindings.checks import check_types as check_types
 from fedexp.bindings.checks import had_no_effect as had_no_effect
 from fedexp.bindings.checks import is_experiment as is_experiment
+from fedexp.bindings.signatures import signature_of as signature_of
 from fedexp.bindings.statements import all_references as all_references
 from fedexp.bindings.statements import name_of as name_of
 from fedexp.bindings.statements import near as near

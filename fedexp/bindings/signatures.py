@@ -26,6 +26,9 @@ def parameters_of(selector: str) -> Mapping[str, inspect.Parameter]:
 def signature_of(made: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     """Name -> parameter of a function or class; none where Python cannot tell."""
     try:
+        if inspect.isclass(made) and type(made).__call__ is not type.__call__:  # As of NNX.
+            _, *own = inspect.signature(made.__init__).parameters.values()
+            return {parameter.name: parameter for parameter in own}
         return inspect.signature(made).parameters
     except (TypeError, ValueError):
         return {}

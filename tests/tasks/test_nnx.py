@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import gin
 import jax
@@ -12,13 +13,14 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from fedexp import config
+from fedexp import bindings, config
 from fedexp.data import FederatedDataset, FederatedSplits
 from fedexp.data.dataset import Batch
 from fedexp.errors import UserError
 from fedexp.tasks import classification, gradient, next_token
 from fedexp.trainer import Experiment
 
+LINEAR = str(Path(__file__).parents[1] / "support/linear.gin")
 RNG = np.random.default_rng(0)
 KEY = jax.random.key(0)
 EXAMPLES = {
@@ -72,6 +74,12 @@ class Tied(nnx.Module):
             x = nnx.relu(layer(x))
         self.activation = nnx.Intermediate(x)
         return x
+
+
+@gin.configurable
+class Bound(nnx.Module):
+    def __init__(self, width: int = 4, *, rngs: nnx.Rngs):
+        self.only = nnx.Linear(5, width, rngs=rngs)
 
 
 class Between(nnx.Module):
@@ -170,6 +178,12 @@ def test_lists_are_named_by_number_and_shared_layers_are_there_once():
 def test_what_is_no_model_is_refused(model, message):
     with pytest.raises(UserError, match=message):
         classification(model, 3)
+
+
+def test_a_class_bound_with_parentheses_is_told_how_it_is_meant():
+    with pytest.raises(UserError, match=r"@Bound\(\) needs rngs; write @Bound$"):
+        config.load([LINEAR], ["train.task = @classification()", "classification.model = @Bound()"])
+        bindings.check_required()
 
 
 def test_outputs_that_do_not_fit_are_refused():

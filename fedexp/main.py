@@ -39,12 +39,8 @@ _WORKDIR = flags.DEFINE_string(
 )
 
 
-def main(argv: Sequence[str]) -> int:
+def main(_: Sequence[str]) -> int:
     """Builds the experiment, trains it, and prints its evaluations."""
-    if len(argv) > 1:
-        raise app.UsageError(
-            f"unexpected argument {argv[1]!r}; bindings are given as --gin_param=..."
-        )
     # Gin and JAX have much to say at INFO; what fedexp says goes through absl's own logger.
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.INFO)
@@ -111,6 +107,24 @@ def experiment() -> trainer.Experiment:
     return rest
 
 
+def read_flags(arguments: Sequence[str]) -> Sequence[str]:
+    """Reads the command line; a mistake in it is one line, and exit code 2."""
+    try:
+        rest = flags.FLAGS(arguments)
+    except flags.Error as error:
+        sys.exit(_refused(" ".join(str(error).split())))
+    if rest[1:]:
+        sys.exit(
+            _refused(f"unexpected argument {rest[1]!r}; bindings are given as --gin_param=...")
+        )
+    return rest
+
+
+def _refused(why: str) -> int:
+    print(f"error: {why}", file=sys.stderr)
+    return 2
+
+
 def leave(*_: object) -> NoReturn:
     """Ends after Ctrl-C in one line; what is on the disk is whole at any moment."""
     os.write(2, b"interrupted\n")
@@ -134,6 +148,6 @@ if __name__ == "__main__":
     # No KeyboardInterrupt: a callback, as of the garbage collector, would swallow it.
     signal.signal(signal.SIGINT, leave)
     try:
-        app.run(main)
+        app.run(main, flags_parser=read_flags)
     except KeyboardInterrupt:  # From a second one during training, once all is flushed.
         leave()

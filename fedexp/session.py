@@ -186,6 +186,10 @@ class Session:
     def __init__(self, setup: Setup, like: Session | None = None):
         self.setup = setup
         splits, task, seed = setup.dataset, setup.task, setup.seed
+        for name, kind in (("dataset", FederatedSplits), ("task", Task), ("sampler", Sampler)):
+            given = getattr(setup, name)
+            if not isinstance(given, kind):
+                raise UserError(f"train.{name} must be {kind.__name__}, got {shown.short(given)}")
         self.splits = splits.present()
         for part in self.splits.values():
             task.check(part)

@@ -82,6 +82,18 @@ def test_without_a_gin_file_the_shipped_ones_are_listed():
     assert "emnist_fedadam.gin" in refusal()
 
 
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--work_dir=x", "Unknown command line flag 'work_dir'. Did you mean: workdir"),
+        ("train.seed=1", "unexpected argument 'train.seed=1'; bindings are given as --gin_param"),
+    ],
+)
+def test_a_mistake_in_the_command_line_is_one_line(argument, message):
+    refused = refusal(LINEAR, argument)
+    assert refused.startswith("error: ") and message in refused and refused.count("\n") == 0
+
+
 def test_gin_bindings_is_an_alias_of_gin_param(tmp_path):
     done = fedexp(LINEAR, "--gin_bindings=train.num_rounds = 2", f"--workdir={tmp_path}/run")
     assert done.returncode == 0, done.stderr

@@ -69,6 +69,21 @@ def test_training_learns_and_reports_what_it_evaluated(tmp_path):
     assert final["perf"]["compilations"] == 1
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: run(dataset=linear.splits().train), "train.dataset must be FederatedSplits, got"),
+        (lambda: run(sampler=uniform), "train.sampler must be Sampler, got"),
+        (lambda: run(task=linear.splits()), "train.task must be Task, got"),
+        (lambda: run(algorithm=fedavg(linear.task(), 0.1, optax.sgd(1.0))), "be Optax's.*got 0.1"),
+        (lambda: run(algorithm=fedavg(linear.task(), optax.sgd(1.0), 0.1)), "be Optax's.*got 0.1"),
+    ],
+)
+def test_what_python_passes_in_the_wrong_place_is_told(wrong, message):
+    with pytest.raises(UserError, match=message):
+        wrong()
+
+
 def test_a_python_run_that_goes_on_says_that_nothing_tells_whose_it_is(tmp_path, caplog, capsys):
     run(tmp_path, num_rounds=3)
     assert "another workdir" not in caplog.text

@@ -8,7 +8,7 @@ from fedexp.aggregators.mean import mean
 from fedexp.aggregators.statistics import carrying_statistics
 from fedexp.contracts import Aggregated, Aggregator, Cohort, Noise, PyTree, Sent, Update
 from fedexp.errors import UserError, check
-from fedexp.promises import kept_client, kept_server
+from fedexp.promises import kept_client, kept_server, name_of
 from fedexp.streams import Stream, derive
 
 # What algorithms take for an aggregator; several are a chain.
@@ -30,8 +30,8 @@ def chain(*links: Aggregator) -> Aggregator:
     """
     if not links or not links[-1].reduces or any(link.reduces for link in links[:-1]):
         raise UserError(
-            "the last link of a chain, and no other, must make one update of many, as mean() does; "
-            f"got {[link.reduces for link in links]} for `reduces`"
+            "the last link of a chain, and no other, must make one update of many, as mean() does, "
+            f"and have `reduces=True`; got {[link.reduces for link in links]} for `reduces`"
         )
     for before, link, after in zip((None, *links), links, links[1:], strict=False):
         if link.noise is not None:
@@ -106,8 +106,17 @@ def as_aggregator(given: Aggregators) -> Aggregator:
     """What an algorithm makes of its argument: the mean of None, a chain of a sequence.
 
     What is not trained, as BatchNorm's statistics, goes past it, and is averaged.
+
+    Raises:
+      UserError: it does not make one update of many.
     """
-    return carrying_statistics(as_link(given))
+    link = as_link(given)
+    check(
+        link.reduces,
+        f"an aggregator alone, {name_of(link.client)}, must make one update of many, as mean() does, and "
+        "have `reduces=True`; or put mean() behind it: [@it(), @mean()]",
+    )
+    return carrying_statistics(link)
 
 
 def as_link(given: Aggregators) -> Aggregator:

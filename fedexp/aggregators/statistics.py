@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 
@@ -33,6 +34,7 @@ def carrying_statistics(aggregator: Aggregator) -> Aggregator:
             )
         return aggregator.init(trained)
 
+    @functools.wraps(aggregator.client)  # By whose name it is called in errors.
     def client(state: PyTree, update: Update, client_state: PyTree, key: jax.Array) -> Sent:
         trained, statistics = split_statistics(update.value)
         update = update._replace(value=trained)
@@ -42,6 +44,7 @@ def carrying_statistics(aggregator: Aggregator) -> Aggregator:
         bits = sent.bits + Code().bits(statistics)
         return sent._replace(total=(sent.total, past if statistics else ()), bits=bits)
 
+    @functools.wraps(aggregator.server)
     def server(
         state: PyTree, total: PyTree, each: PyTree, later: PyTree, cohort: Cohort, key: jax.Array
     ) -> Aggregated:

@@ -17,6 +17,7 @@ from fedexp.promises import check_like
 from fedexp.tasks import (
     Measure,
     Task,
+    as_optimizer,
     carrying_statistics,
     gradient,
     join_statistics,
@@ -213,7 +214,7 @@ def _with_rate(
     optimizer: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer with a factor `rate` on its updates."""
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer = as_optimizer(optimizer)
 
     def update(
         updates: PyTree,

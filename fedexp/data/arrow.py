@@ -23,7 +23,7 @@ from fedexp.errors import UserError, check
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_CONVERT = "leave the column out, or read it with the dtype 'object' and a `convert`"
+_CONVERT = "leave the column out, or read it with the dtype 'object' and a `convert`, of labels @label_ids()"
 _ALIKE = "make them alike, or read the column with the dtype 'object' and a `convert`"
 
 

@@ -132,7 +132,7 @@ def _numbers(table: Table, column: str, cells: list[str], start: int) -> np.ndar
     found = "is empty" if not cells[row] else f"holds {cells[row]!r}, which is no number"
     raise UserError(
         f"{table.cell(start + row, column)} {found}; correct it, leave the row or column out, or read "
-        "text with the dtype 'object' and a `convert`"
+        "text with the dtype 'object' and a `convert`, of labels @label_ids()"
     )
 
 

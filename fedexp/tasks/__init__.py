@@ -26,6 +26,7 @@ from fedexp.tasks.reconstruction import reconstruction as reconstruction
 from fedexp.tasks.regression import absolute_error as absolute_error
 from fedexp.tasks.regression import regression as regression
 from fedexp.tasks.regression import squared_error as squared_error
+from fedexp.tasks.statistics import as_optimizer as as_optimizer
 from fedexp.tasks.statistics import carrying_statistics as carrying_statistics
 from fedexp.tasks.statistics import join_statistics as join_statistics
 from fedexp.tasks.statistics import of_trained as of_trained

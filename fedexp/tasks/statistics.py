@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedexp.errors import check
+
 PyTree = Any
 
 
@@ -50,6 +52,19 @@ def of_trained(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
     return of_whole
 
 
+def as_optimizer(given: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """An optimizer that may be given what it has no use for.
+
+    Raises:
+      UserError: it is none.
+    """
+    check(
+        isinstance(given, optax.GradientTransformation),
+        f"an optimizer must be Optax's, as optax.sgd(0.1), got {given!r}",
+    )
+    return optax.with_extra_args_support(given)
+
+
 def carrying_statistics(
     optimizer: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
@@ -62,7 +77,7 @@ def carrying_statistics(
     Args:
       optimizer: any; it never sees statistics. Whatever else scales updates, as a schedule, belongs in it.
     """
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer = as_optimizer(optimizer)
 
     def init(params: PyTree) -> optax.OptState:
         return optimizer.init(split_statistics(params)[0])

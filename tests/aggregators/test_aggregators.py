@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from fedexp.aggregators import (
+    as_aggregator,
     chain,
     clip_by_norm,
     coordinate_median,
@@ -232,6 +233,13 @@ def test_a_chain_in_a_chain_draws_other_numbers():
 def test_a_chain_reduces_once_and_last(links):
     with pytest.raises(UserError, match="the last link of a chain, and no other"):
         chain(*links)
+
+
+def test_an_aggregator_alone_makes_one_update_of_many():
+    with pytest.raises(
+        UserError, match=r"clip_by_norm.*have `reduces=True`; or put mean\(\) behind"
+    ):
+        as_aggregator(clip_by_norm(1.0))
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,8 @@ runs = Path(tempfile.mkdtemp())
 # ## From a gin file
 #
 # A gin file is one experiment: it *binds* a data set, a model, an algorithm and their numbers. fedexp
-# ships some eighty of them, and any binding can be overridden on the command line. In a terminal the
-# next cell is
+# ships about a hundred of them, and any binding can be overridden on the command line. In a terminal
+# the next cell is
 #
 #     fedexp --gin_file=glyphs_logistic.gin --workdir=runs/first \
 #         --gin_param='glyphs.num_writers = 60' --gin_param='train.num_rounds = 40' ...

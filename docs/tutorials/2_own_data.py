@@ -227,7 +227,10 @@ assert set(from_hub.train.client_ids) == set(clients)
 
 # %% [markdown]
 # Or without, and a partitioner in its place; here from a folder that `save_to_disk` has written,
-# which is what a gin file would name:
+# which is what a gin file would name. A partitioner divides every split on its own, so that client 0
+# of a separate test split (`test_split`, or `test_path` of a CSV file) has other labels than client 0
+# of the training, and numbers of each client or of personal models mean nothing there; with
+# `test_fraction` they do:
 
 # %%
 hub.save_to_disk(str(folder / "hub"))

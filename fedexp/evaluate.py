@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, part in session.splits.items():
             if found.metadata["data"].get(name, "") != part.fingerprint():
                 print(
-                    f"the {name} split is not of the clients that it had in the run",
+                    f"the {name} split has other clients or examples than in the run",
                     file=sys.stderr,
                 )
         metrics, about = row(results), [one._asdict() for one in session.about(round_)]

@@ -283,7 +283,7 @@ def test_the_command_passes_its_arguments_on_to_fedexp():
         text=True,
         timeout=PATIENCE,
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert re.search(r"^\[[01]\] .*no_such_flag", done.stderr, re.MULTILINE)
 
 

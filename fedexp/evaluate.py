@@ -64,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="fedexp-states-") as scratch:
             round_ = restored(session, found, Path(given.workdir), Path(scratch))
             results = session.evaluate(round_, range(len(session.evaluations)), full=True)
-        for name, part in session.splits.items():
-            if found.metadata["data"].get(name, "") != part.fingerprint():
+        for name, fingerprint in found.metadata.get("data", {}).items():
+            if name in session.splits and session.splits[name].fingerprint() != fingerprint:
                 print(
                     f"the {name} split has other clients or examples than in the run",
                     file=sys.stderr,
